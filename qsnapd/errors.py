@@ -1,0 +1,184 @@
+"""Every failure a user can meet: the class says why, `effect` says what is true now.
+
+```
+QsnapError
+├── RequestError             the caller asked for something that cannot be
+│   ├── BadRequest           the request itself is malformed
+│   ├── UnknownVm  UnknownSnapshot  SnapshotExists
+│   ├── VmBusy               another job changes this VM
+│   ├── WrongState           the VM's state forbids it
+│   ├── Blocked              QEMU or a device refuses to be checkpointed
+│   ├── TargetRefused        a file named in the request cannot be used
+│   └── AccessDenied         the client's role does not allow it
+├── VmError                  the VM's QEMU
+│   ├── MonitorBusy          somebody else holds the QMP socket
+│   ├── SessionLost  ReplyTimeout  CommandRefused  UnexpectedReply
+│   ├── CapabilityMissing    this QEMU or host cannot do it
+│   ├── CaptureFailed        QEMU reported that saving memory failed
+│   └── GuestLeftPaused      we paused the guest and could not resume it
+├── JobCancelled             the operation was cancelled, and undone
+├── StoreError               qsnapd's own files
+│   ├── ManifestInvalid  ManifestTooNew  ImageInvalid
+│   └── StoreFull
+└── ControlError             the control socket: nobody answers, or nonsense
+```
+
+Anything else that is raised is a bug: it is not caught, and the daemon restarts.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Effect(StrEnum):
+    """What is now true of guest and store, whatever the cause of a failure was."""
+
+    NONE = "none"
+    """As if the request had not been made."""
+    ROLLED_BACK = "rolled-back"
+    """It began and was undone: guest, disks and files are as before."""
+    PARTIAL = "partial"
+    """Some of it stands; the message says which."""
+    UNKNOWN = "unknown"
+    """Sent to QEMU without an answer: query before doing anything else."""
+    GUEST_PAUSED = "guest-paused"
+    """The guest stands still and could not be resumed: somebody must act."""
+
+
+class QsnapError(Exception):
+    """Root of all foreseeable failures."""
+
+    code: ClassVar[str] = "internal"
+    """Stable identifier, sent over the control socket."""
+
+    def __init__(self, message: str, *, effect: Effect = Effect.NONE) -> None:
+        super().__init__(message)
+        self.effect = effect
+
+
+class RequestError(QsnapError):
+    """The request cannot be fulfilled; nothing was touched."""
+
+    code = "request"
+
+
+class BadRequest(RequestError):
+    code = "bad-request"
+
+
+class UnknownVm(RequestError):
+    code = "unknown-vm"
+
+
+class UnknownSnapshot(RequestError):
+    code = "unknown-snapshot"
+
+
+class SnapshotExists(RequestError):
+    code = "snapshot-exists"
+
+
+class VmBusy(RequestError):
+    code = "vm-busy"
+
+
+class WrongState(RequestError):
+    code = "wrong-state"
+
+
+class Blocked(RequestError):
+    code = "blocked"
+
+
+class TargetRefused(RequestError):
+    code = "target-refused"
+
+
+class AccessDenied(RequestError):
+    code = "access-denied"
+
+
+class VmError(QsnapError):
+    """The VM's QEMU failed, refused or vanished."""
+
+    code = "vm"
+
+
+class MonitorBusy(VmError):
+    code = "monitor-busy"
+
+
+class SessionLost(VmError):
+    code = "session-lost"
+
+
+class ReplyTimeout(VmError):
+    code = "reply-timeout"
+
+
+class CommandRefused(VmError):
+    """QEMU understood a command and said no (QMP specification, "Error" response)."""
+
+    code = "command-refused"
+
+    def __init__(
+        self, command: str, error_class: str, desc: str, *, effect: Effect = Effect.NONE
+    ) -> None:
+        super().__init__(f"QEMU refused {command}: {desc}", effect=effect)
+        self.command = command
+        self.error_class = error_class
+        self.desc = desc
+
+
+class UnexpectedReply(VmError):
+    code = "unexpected-reply"
+
+
+class CapabilityMissing(VmError):
+    code = "capability-missing"
+
+
+class CaptureFailed(VmError):
+    code = "capture-failed"
+
+
+class GuestLeftPaused(VmError):
+    code = "guest-left-paused"
+
+
+class JobCancelled(QsnapError):
+    code = "job-cancelled"
+
+
+class StoreError(QsnapError):
+    """qsnapd's own files cannot be read or written."""
+
+    code = "store"
+
+
+class ManifestInvalid(StoreError):
+    code = "manifest-invalid"
+
+
+class ManifestTooNew(StoreError):
+    code = "manifest-too-new"
+
+
+class ImageInvalid(StoreError):
+    code = "image-invalid"
+
+
+class StoreFull(StoreError):
+    code = "store-full"
+
+    def __init__(self, where: str, *, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"{where} has {free_bytes} bytes free, the snapshot may need {needed_bytes}: "
+            "free some space or choose another target"
+        )
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class ControlError(QsnapError):
+    code = "control"

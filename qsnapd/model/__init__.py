@@ -1,0 +1,1 @@
+"""The words of qsnapd as types: frozen, validated, without any I/O."""

@@ -1,0 +1,66 @@
+"""A running operation on a VM, as others see it."""
+
+from enum import StrEnum
+
+from pydantic import AwareDatetime, NonNegativeFloat, NonNegativeInt
+
+from qsnapd.model.base import Frozen
+from qsnapd.model.names import SnapshotName, VmName
+
+
+class JobKind(StrEnum):
+    CREATE = "create"
+    REVERT = "revert"
+
+
+class Phase(StrEnum):
+    """How far a job has come; every job goes down this list, skipping what it does not do."""
+
+    PREPARING = "preparing"
+    """Checks, files, overlays: the guest runs and knows nothing."""
+    SAVING = "saving"
+    """Memory is being saved, the guest running or held."""
+    FINISHING = "finishing"
+    """Syncing, sealing, verifying, hashing: the guest runs."""
+    STARTING = "starting"
+    """Revert: QEMU is being started and loads its memory."""
+    UNDOING = "undoing"
+    """Failed or cancelled: everything goes back to what it was."""
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (Phase.DONE, Phase.FAILED, Phase.CANCELLED)
+
+
+class Progress(Frozen):
+    """How much of the memory has been saved or loaded."""
+
+    done_bytes: NonNegativeInt = 0
+    total_bytes: NonNegativeInt = 0
+    rate_bytes_per_s: NonNegativeFloat = 0.0
+    left_s: NonNegativeFloat | None = None
+
+    @property
+    def percent(self) -> float:
+        return min(100.0, 100.0 * self.done_bytes / self.total_bytes) if self.total_bytes else 0.0
+
+
+class JobInfo(Frozen):
+    """One look at a job."""
+
+    id: NonNegativeInt
+    vm: VmName
+    kind: JobKind
+    snapshot: SnapshotName | None
+    phase: Phase
+    started_at: AwareDatetime
+    elapsed_ms: NonNegativeFloat
+    percent: NonNegativeFloat
+    done_bytes: NonNegativeInt
+    total_bytes: NonNegativeInt
+    rate_bytes_per_s: NonNegativeFloat
+    left_s: NonNegativeFloat | None
+    error: str | None = None

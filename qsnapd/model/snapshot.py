@@ -1,0 +1,142 @@
+"""The manifest: everything a restore needs and a person asks about one snapshot.
+
+Its presence in the store is the snapshot's existence. `format` counts changes of this
+file's layout, not of qsnapd.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, Field, NonNegativeFloat, NonNegativeInt
+
+from qsnapd.model.base import Frozen
+from qsnapd.model.names import SnapshotName, VmName
+
+MANIFEST_FORMAT = 1
+"""The newest format this version reads and the one it writes."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+AbsolutePath = Annotated[str, Field(pattern=r"^/")]
+
+
+class Strategy(StrEnum):
+    """How the guest's memory is captured."""
+
+    STOPPED = "stopped"
+    PRECOPY = "precopy"
+    BACKGROUND = "background"
+
+
+class ImageFormat(StrEnum):
+    """How a memory image lies in its file."""
+
+    STREAM = "stream"
+    MAPPED_RAM = "mapped-ram"
+
+
+class FileIdentity(Frozen):
+    """One file, recognised again under whatever name."""
+
+    path: AbsolutePath
+    device: NonNegativeInt
+    inode: NonNegativeInt
+
+
+class MemoryImage(Frozen):
+    """The file holding one QEMU migration stream."""
+
+    path: AbsolutePath
+    size_bytes: NonNegativeInt
+    allocated_bytes: NonNegativeInt
+    sha256: Sha256 | None = None
+
+
+class DiskLayer(Frozen):
+    """One disk at the moment of the snapshot."""
+
+    target: str
+    """The disk's short name, e.g. "vda"."""
+    node: str
+    """QEMU's node name of the frozen image."""
+    qdev: str | None = None
+    """QEMU's path or id of the device that used the disk."""
+    frozen: AbsolutePath
+    """The image that holds what the guest saw at that moment."""
+    frozen_format: str
+    overlay: AbsolutePath
+    """The image that took the guest's writes from then on."""
+    virtual_size_bytes: NonNegativeInt
+    chain: tuple[FileIdentity, ...]
+    """The frozen image and its backing images, newest first."""
+
+
+class RamBlock(Frozen):
+    """One block of guest RAM, by QEMU's id."""
+
+    id: str
+    size_bytes: NonNegativeInt
+
+
+class Process(Frozen):
+    """The QEMU process as it ran: what it takes to start it again."""
+
+    exe: AbsolutePath
+    argv: tuple[str, ...]
+    cwd: AbsolutePath
+    uid: NonNegativeInt
+    gid: NonNegativeInt
+    groups: tuple[NonNegativeInt, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    """Only what QEMU and its libraries read, never the whole environment."""
+
+
+class Machine(Frozen):
+    """The virtual hardware."""
+
+    type: str
+    """The versioned machine type QEMU resolved, e.g. "pc-i440fx-7.2"."""
+    cpu: str | None = None
+    uuid: str | None = None
+    ram_bytes: NonNegativeInt
+    ram_blocks: tuple[RamBlock, ...] = ()
+    process: Process
+
+
+class PauseParts(Frozen):
+    """Where the pause window went; `paused_ms` is their sum and what lies between."""
+
+    stop_ms: NonNegativeFloat = 0.0
+    """From the STOP event to the reply to `stop`: draining and flushing."""
+    pivot_ms: NonNegativeFloat = 0.0
+    """The `transaction` that moved the disks to their overlays."""
+    capture_ms: NonNegativeFloat = 0.0
+    """From the start of the capture within the pause until the guest may run."""
+
+
+class Manifest(Frozen):
+    """One snapshot, as stored in `snapshot.json`."""
+
+    format: Literal[1] = 1
+    name: SnapshotName
+    vm: VmName
+    parent: SnapshotName | None = None
+    description: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    created_at: AwareDatetime
+    """The instant the snapshot shows: when the guest stopped, or when it was asked for."""
+    state: Literal["running", "paused"]
+    """What the guest was doing, and does again after a restore."""
+    reason: str
+    """Name of the `Condition` at that time, e.g. PAUSED_USER."""
+    strategy: Strategy
+    image_format: ImageFormat
+    paused_ms: NonNegativeFloat
+    """From QEMU's STOP to its RESUME event, by QEMU's own clock; 0 if it did not run."""
+    pause: PauseParts = PauseParts()
+    total_ms: NonNegativeFloat
+    """From the request to the moment before the commit."""
+    memory: MemoryImage | None
+    disks: tuple[DiskLayer, ...]
+    qemu_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+")]
+    qemu_package: str = ""
+    machine: Machine
