@@ -1,0 +1,1 @@
+"""Talking to QEMU: nothing above this package knows QMP's JSON."""

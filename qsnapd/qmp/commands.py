@@ -1,0 +1,189 @@
+"""Commands as types: run state, identity, descriptors, QOM.
+
+Strict in what is sent, liberal in what is accepted: QEMU may add members in any release.
+QAPI's names hide the units; ours do not.
+"""
+
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ReplyT = TypeVar("ReplyT", covariant=True)
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class QapiStruct(BaseModel):
+    """A QAPI struct that QEMU sends."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        alias_generator=_kebab,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+
+class Command(QapiStruct, Generic[ReplyT]):
+    """Arguments of one QMP command; `ReplyT` is what QEMU returns."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: ClassVar[str]
+    reply: ClassVar[Any] = None
+    """What the reply is parsed as; None where QEMU returns an empty object."""
+    timeout_s: ClassVar[float] = 10.0
+
+    def arguments(self) -> dict[str, object]:
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class StatusInfo(QapiStruct):
+    """qapi/run-state.json, StatusInfo."""
+
+    status: str
+    running: bool
+
+
+class QueryStatus(Command[StatusInfo]):
+    name = "query-status"
+    reply = StatusInfo
+
+
+class Stop(Command[None]):
+    """qapi/misc.json, stop: returns once the disks are drained and flushed."""
+
+    name = "stop"
+    timeout_s = 60.0
+
+
+class Cont(Command[None]):
+    """qapi/misc.json, cont."""
+
+    name = "cont"
+    timeout_s = 30.0
+
+
+class Quit(Command[None]):
+    name = "quit"
+
+
+class VersionTriple(QapiStruct):
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(QapiStruct):
+    """qapi/control.json, VersionInfo."""
+
+    qemu: VersionTriple
+    package: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.qemu.major}.{self.qemu.minor}.{self.qemu.micro}"
+
+
+class QueryVersion(Command[VersionInfo]):
+    name = "query-version"
+    reply = VersionInfo
+
+
+class CommandInfo(QapiStruct):
+    name: str
+
+
+class QueryCommands(Command[list[CommandInfo]]):
+    name = "query-commands"
+    reply = list[CommandInfo]
+
+
+class UuidInfo(QapiStruct):
+    uuid: str = Field(alias="UUID")
+
+
+class QueryUuid(Command[UuidInfo]):
+    name = "query-uuid"
+    reply = UuidInfo
+
+
+class CpuInfo(QapiStruct):
+    cpu_index: int
+    qom_type: str | None = None
+
+
+class QueryCpusFast(Command[list[CpuInfo]]):
+    name = "query-cpus-fast"
+    reply = list[CpuInfo]
+
+
+class MemorySizeSummary(QapiStruct):
+    """qapi/machine.json, MemoryInfo; bytes."""
+
+    base_bytes: int = Field(alias="base-memory")
+    plugged_bytes: int = Field(alias="plugged-memory", default=0)
+
+
+class QueryMemorySizeSummary(Command[MemorySizeSummary]):
+    name = "query-memory-size-summary"
+    reply = MemorySizeSummary
+
+
+class QomGet(Command[Any]):
+    """qapi/qom.json, qom-get: the type of the reply is the property's."""
+
+    name = "qom-get"
+    reply = Any
+    path: str
+    property: str
+
+
+class FdInfo(QapiStruct):
+    fd: int
+    opaque: str | None = None
+
+
+class FdsetInfo(QapiStruct):
+    """qapi/misc.json, FdsetInfo."""
+
+    fdset_id: int
+    fds: list[FdInfo]
+
+
+class QueryFdsets(Command[list[FdsetInfo]]):
+    name = "query-fdsets"
+    reply = list[FdsetInfo]
+
+
+class AddFdInfo(QapiStruct):
+    fdset_id: int
+    fd: int
+
+
+class AddFd(Command[AddFdInfo]):
+    """qapi/misc.json, add-fd; the descriptor goes along."""
+
+    name = "add-fd"
+    reply = AddFdInfo
+    fdset_id: int
+    opaque: str | None = None
+
+
+class RemoveFd(Command[None]):
+    name = "remove-fd"
+    fdset_id: int
+
+
+class GetFd(Command[None]):
+    """qapi/misc.json, getfd; the descriptor goes along and is closed by its use."""
+
+    name = "getfd"
+    fdname: str
+
+
+class CloseFd(Command[None]):
+    name = "closefd"
+    fdname: str

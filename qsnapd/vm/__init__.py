@@ -1,0 +1,1 @@
+"""One VM: who its process is, what state it is in, which disks it has."""

@@ -1,0 +1,99 @@
+"""The condition of one VM over time, and when it stood still because of us."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from qsnapd.model.state import Condition, State
+from qsnapd.qmp.transport import QmpEvent
+from qsnapd.vm.condition import after_event, after_exit, from_status, pending_after
+
+Observer = Callable[[Condition, Condition], None]
+
+
+class PauseWindow:
+    """One stretch of standing still, by QEMU's own event timestamps."""
+
+    def __init__(self) -> None:
+        self.stopped_at_s: float | None = None
+        self.resumed_at_s: float | None = None
+
+    @property
+    def paused_ms(self) -> float:
+        """0 if the guest never stopped, or has not been resumed."""
+        if self.stopped_at_s is None or self.resumed_at_s is None:
+            return 0.0
+        return round(max(0.0, self.resumed_at_s - self.stopped_at_s) * 1000, 3)
+
+    def note(self, event: QmpEvent) -> None:
+        """Take the times of the first STOP and of the last RESUME."""
+        if event.name == "STOP" and self.stopped_at_s is None:
+            self.stopped_at_s = event.at_s
+        elif event.name == "RESUME" and self.stopped_at_s is not None:
+            self.resumed_at_s = event.at_s
+
+
+class Tracker:
+    """Owned by the VM's supervisor; fed with every event of every session of the VM."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.condition = Condition.SHUTOFF_UNKNOWN
+        self._observer = observer
+        self._announced: Condition | None = None
+        self._pausing: Condition | None = None
+        self._running: Condition | None = None
+        self._window: PauseWindow | None = None
+
+    def on_event(self, event: QmpEvent) -> None:
+        """Follow one QEMU event."""
+        self._announced = pending_after(self._announced, event)
+        self.become(
+            after_event(
+                self.condition,
+                event,
+                pausing=self._announced or self._pausing,
+                running=self._running,
+            )
+        )
+        if event.name == "STOP":
+            self._announced = None
+        if self._window is not None:
+            self._window.note(event)
+
+    def on_attached(self, status: str, remembered: Condition | None) -> None:
+        """Take QEMU's word for the state, and memory's for the reason."""
+        self._announced = None
+        self.become(from_status(status, remembered))
+
+    def on_exit(self, condition: Condition | None = None) -> None:
+        """The process has ended; *condition* if somebody knows why."""
+        self.become(condition or after_exit(self.condition))
+
+    def become(self, condition: Condition) -> None:
+        """Change the condition and tell the observer, if it is a change."""
+        old, self.condition = self.condition, condition
+        if old is not condition:
+            self._observer(old, condition)
+
+    @contextmanager
+    def pausing(self, reason: Condition) -> Iterator[PauseWindow]:
+        """During the block a STOP is ours, for *reason*; yields the window it opens."""
+        before, self._pausing = self._pausing, reason
+        self._window = window = PauseWindow()
+        try:
+            yield window
+        finally:
+            self._pausing = before
+            self._window = None
+
+    @contextmanager
+    def resuming(self, reason: Condition) -> Iterator[None]:
+        """During the block a RESUME happens for *reason*."""
+        before, self._running = self._running, reason
+        try:
+            yield
+        finally:
+            self._running = before
+
+    @property
+    def running(self) -> bool:
+        return self.condition.state is State.RUNNING
