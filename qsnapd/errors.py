@@ -4,6 +4,7 @@
 QsnapError
 ├── RequestError             the caller asked for something that cannot be
 │   ├── BadRequest           the request itself is malformed
+│   ├── ConfigError          the configuration file cannot be used
 │   ├── UnknownVm  UnknownSnapshot  SnapshotExists
 │   ├── VmBusy               another job changes this VM
 │   ├── WrongState           the VM's state forbids it
@@ -50,6 +51,7 @@ class QsnapError(Exception):
 
     code: ClassVar[str] = "internal"
     """Stable identifier, sent over the control socket."""
+    effect: Effect
 
     def __init__(self, message: str, *, effect: Effect = Effect.NONE) -> None:
         super().__init__(message)
@@ -64,6 +66,10 @@ class RequestError(QsnapError):
 
 class BadRequest(RequestError):
     code = "bad-request"
+
+
+class ConfigError(RequestError):
+    code = "config"
 
 
 class UnknownVm(RequestError):
@@ -120,6 +126,9 @@ class CommandRefused(VmError):
     """QEMU understood a command and said no (QMP specification, "Error" response)."""
 
     code = "command-refused"
+    command: str
+    error_class: str
+    desc: str
 
     def __init__(
         self, command: str, error_class: str, desc: str, *, effect: Effect = Effect.NONE
@@ -170,6 +179,8 @@ class ImageInvalid(StoreError):
 
 class StoreFull(StoreError):
     code = "store-full"
+    needed_bytes: int
+    free_bytes: int
 
     def __init__(self, where: str, *, needed_bytes: int, free_bytes: int) -> None:
         super().__init__(

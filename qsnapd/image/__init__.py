@@ -1,0 +1,1 @@
+"""Memory images: the files QEMU's migration streams lie in. Synchronous; callers use a thread."""

@@ -1,0 +1,173 @@
+"""Files made once: never over another one, known by inode, durable before anybody relies on them.
+
+Everything here blocks and belongs in a worker thread. A file of somebody else is neither
+truncated, replaced nor removed.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from qsnapd.errors import Effect, StoreError, StoreFull, TargetRefused
+from qsnapd.model.snapshot import FileIdentity
+
+_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own block size
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+
+_CAUSES = {
+    errno.EEXIST: "it exists already, and an existing file is never overwritten",
+    errno.ENOENT: "there is no such file or directory",
+    errno.ENOTDIR: "a part of its path is not a directory",
+    errno.EACCES: "qsnapd lacks the permission",
+    errno.EPERM: "the file system does not allow it",
+    errno.EROFS: "the file system is read-only",
+    errno.ELOOP: "its path leads through too many symbolic links",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.ENOSPC: "the file system is full",
+    errno.EDQUOT: "the disk quota is used up",
+}
+
+
+def _refused(path: Path, exc: OSError, verb: str = "create") -> TargetRefused:
+    cause = _CAUSES.get(exc.errno or 0) or exc.strerror or "the system gave no reason"
+    return TargetRefused(f"cannot {verb} {path}: {cause}")
+
+
+def create_exclusive(path: Path) -> int:
+    """Create *path*, empty and for its owner alone (0600); return a descriptor to read and write.
+
+    On failure: as if never called; what lay at *path*, a dangling link too, is untouched.
+    Raises: TargetRefused: with the reason in words.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as exc:
+        raise _refused(path, exc) from exc
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open the file behind *fd* once more, whatever its name is by now, with *flags* of its own.
+
+    QEMU wants a migration target that is O_WRONLY, and the new descriptor has a position
+    of its own. Raises: StoreError.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    except OSError as exc:
+        raise StoreError(f"cannot reopen a file of ours: {exc.strerror}") from exc
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Rename *partial* to *final* in the same file system, durably, never replacing a file.
+
+    On success: only *final* exists, and survives a power failure. The content is the
+    caller's to sync first.
+    On failure: *partial* stands; whoever owned *final* keeps it.
+    Raises: TargetRefused.
+    """
+    try:
+        try:
+            os.link(partial, final, follow_symlinks=False)
+            partial.unlink()
+        except OSError as exc:
+            if exc.errno not in _NO_HARD_LINKS:
+                raise
+            # rename() alone would replace a file: take the name first, then replace our own
+            os.close(create_exclusive(final))
+            partial.rename(final)
+        sync_directory(final.parent)
+    except OSError as exc:
+        raise _refused(final, exc) from exc
+
+
+def sync_file(fd: int) -> None:
+    """Return once content and size of the file are on stable storage. Raises: StoreError."""
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        raise StoreError(f"cannot write a file to stable storage: {exc.strerror}") from exc
+
+
+def sync_directory(directory: Path) -> None:
+    """Return once the names in *directory* are on stable storage. Raises: OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def free_bytes(directory: Path) -> int:
+    """How much an unprivileged writer can still put into *directory*'s file system.
+
+    Raises: TargetRefused: there is no such directory.
+    """
+    try:
+        status = os.statvfs(directory)
+    except OSError as exc:
+        raise _refused(directory, exc, "use") from exc
+    return status.f_bavail * status.f_frsize
+
+
+def require_space(directory: Path, needed_bytes: int) -> None:
+    """Return if *directory* has room for *needed_bytes*. Raises: StoreFull; TargetRefused."""
+    if (free := free_bytes(directory)) < needed_bytes:
+        raise StoreFull(str(directory), needed_bytes=needed_bytes, free_bytes=free)
+
+
+def identity(file: Path | int) -> FileIdentity:
+    """Which file *file*, a path or a descriptor, is; symbolic links are followed.
+
+    Raises: TargetRefused: it is not there.
+    """
+    path = Path(os.readlink(f"/proc/self/fd/{file}")) if isinstance(file, int) else file.absolute()
+    try:
+        status = os.stat(file)
+    except OSError as exc:
+        raise _refused(path, exc, "use") from exc
+    return FileIdentity(path=str(path), device=status.st_dev, inode=status.st_ino)
+
+
+def allocated_bytes(fd: int) -> int:
+    """What the file occupies on disk; holes do not count, delayed allocations may not yet."""
+    return os.fstat(fd).st_blocks * _BLOCK_BYTES
+
+
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts (from, to) of [*start*, *end*) that hold data; what lies between reads as zeros.
+
+    In bytes, ascending, apart from each other. A file system that knows no holes reports
+    everything as data. Moves the descriptor's position.
+    """
+    position = start
+    while position < end:
+        try:
+            data = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # nothing but a hole from here on
+                return
+            raise
+        if data >= end:
+            return
+        position = os.lseek(fd, data, os.SEEK_HOLE)
+        yield data, min(position, end)
+
+
+def remove_if_ours(path: Path, device: int, inode: int) -> bool:
+    """Remove *path* if it still is the file with this *device* and *inode*.
+
+    Returns whether it was removed; False if it is missing or another file.
+    Raises: StoreError: it is ours and cannot be removed.
+    """
+    try:
+        status = os.lstat(path)
+        if (status.st_dev, status.st_ino) != (device, inode):
+            return False
+        path.unlink()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as exc:
+        raise StoreError(f"cannot remove {path}: {exc.strerror}", effect=Effect.PARTIAL) from exc

@@ -1,0 +1,103 @@
+"""Where things lie, and who may touch them: one daemon per store.
+
+    STATE_DIR/.lock            held while a daemon runs; says its pid
+    STATE_DIR/VM/              all of one VM; see `store.snapshots`
+
+Names of VMs and snapshots do not begin with a dot, so qsnapd's own files do.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qsnapd.errors import StoreError
+from qsnapd.image.files import sync_directory
+from qsnapd.model.names import check_name
+from qsnapd.store.snapshots import VmStore
+
+
+class Store:
+    """Everything under one state directory. Owned by the daemon, for as long as it runs.
+
+    Synchronous; `VmStore` says what may be used from several threads.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        """Open the store and lock it, creating *state_dir* (0700) if it is missing.
+
+        Raises: StoreError: another daemon uses it; or it cannot be created or locked.
+        """
+        self.state_dir = state_dir.absolute()
+        self._vms = dict[str, VmStore]()
+        with _naming(f"cannot use the state directory {self.state_dir}"):
+            make_directory(self.state_dir)
+            self._lock_fd = _lock(self.state_dir / ".lock")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another daemon have the store. May be called again."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def vm(self, name: str) -> VmStore:
+        """The part of the VM *name*, the same object every time; created if it is missing.
+
+        Raises: StoreError.
+        """
+        if name not in self._vms:
+            directory = self.state_dir / check_name(name)
+            with _naming(f"cannot keep snapshots in {directory}"):
+                make_directory(directory)
+            self._vms[name] = VmStore(name, directory)
+        return self._vms[name]
+
+
+def make_directory(path: Path) -> None:
+    """Have the directory *path* (0700) and its name on disk; one that exists stays as it is."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+        sync_directory(path.parent)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is no directory")
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError:
+        owner = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise StoreError(
+            f"the state directory {path.parent} is in use by another qsnapd (pid {owner})"
+        ) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextmanager
+def _naming(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StoreError(f"{failure}: {exc.strerror}") from exc

@@ -1,0 +1,237 @@
+"""The snapshots of one VM. The invariant: one is there, complete, or it is not.
+
+STATE_DIR/VM/NAME/snapshot.json    its presence is the snapshot's existence
+STATE_DIR/VM/NAME/memory.img       unless the memory was put elsewhere
+STATE_DIR/VM/.NAME.partial/        the same while it is being taken
+STATE_DIR/VM/.current              the name of the current snapshot
+STATE_DIR/VM/.state.json           what the daemon knew of the VM when it last ran
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from qsnapd.errors import (
+    Effect,
+    ManifestInvalid,
+    SnapshotExists,
+    StoreError,
+    UnknownSnapshot,
+)
+from qsnapd.image.files import sync_directory
+from qsnapd.model.names import check_name
+from qsnapd.model.snapshot import Manifest
+from qsnapd.store.journal import Journal
+from qsnapd.store.manifests import MANIFEST_NAME, read_manifest, write_manifest
+
+_PARTIAL = ".partial"
+_log = logging.getLogger(__name__)
+
+_Version = tuple[int, int, int]
+"""What changes when a manifest is replaced: inode, size, time of change in ns."""
+
+
+class VmStore:
+    """What is stored of one VM; from `Store.vm`. Synchronous.
+
+    Whatever only reads may be called from several threads at once, also while a job writes.
+    The rest is called by the VM's one job. Every method may raise StoreError.
+    """
+
+    def __init__(self, vm: str, directory: Path) -> None:
+        self.vm = vm
+        self.directory = directory
+        self.journal = Journal(directory / ".journal.json")
+        self._known = dict[str, tuple[_Version, Manifest | StoreError]]()
+        self._refreshing = Lock()
+
+    # --- reading -------------------------------------------------------------------------
+
+    def snapshots(self) -> dict[str, Manifest]:
+        """All snapshots that can be read, by name; `problems` has the others."""
+        return {n: m for n, m in self._look().items() if isinstance(m, Manifest)}
+
+    def problems(self) -> dict[str, StoreError]:
+        """What lies where a snapshot should and cannot be read, by name, and why."""
+        return {n: e for n, e in self._look().items() if isinstance(e, StoreError)}
+
+    def manifest(self, name: str) -> Manifest:
+        """One snapshot.
+
+        Raises: UnknownSnapshot. ManifestInvalid, ManifestTooNew: it is there, unreadable.
+        """
+        found = self._look().get(name)
+        if found is None:
+            raise UnknownSnapshot(f"VM {self.vm!r} has no snapshot {name!r}")
+        if isinstance(found, StoreError):
+            raise type(found)(str(found)) from found
+        return found
+
+    def path(self, name: str) -> Path:
+        """The directory of the snapshot *name*, whether it exists or not."""
+        return self.directory / check_name(name)
+
+    def current(self) -> str | None:
+        """The snapshot the VM's disks go on from, if there is one and it still exists."""
+        name = self._read(".current")
+        return name if name and (self.path(name) / MANIFEST_NAME).exists() else None
+
+    def recall_state(self) -> str | None:
+        """What `remember_state` was given last, by whichever daemon."""
+        return self._read(".state.json") or None
+
+    # --- taking a snapshot ---------------------------------------------------------------
+
+    def partial_path(self, name: str) -> Path:
+        """Where the snapshot *name* is being made, if it is."""
+        return self.directory / f".{check_name(name)}{_PARTIAL}"
+
+    def partials(self) -> tuple[str, ...]:
+        """Snapshots that were begun: one per running job, else what a crash has left."""
+        with self._failing("read"):
+            entries = [e.name for e in os.scandir(self.directory) if e.name.endswith(_PARTIAL)]
+        return tuple(sorted(e[1 : -len(_PARTIAL)] for e in entries if e.startswith(".")))
+
+    def stage(self, name: str) -> Path:
+        """Make the directory (0700) in which *name* grows until `commit`.
+
+        Raises: SnapshotExists.
+        """
+        self._require_free(name)
+        staging = self.partial_path(name)
+        try:
+            with self._failing("create"):
+                staging.mkdir(mode=0o700)
+                sync_directory(self.directory)
+        except StoreError as exc:
+            if isinstance(exc.__cause__, FileExistsError):
+                raise StoreError(
+                    f"{staging} is in the way: a snapshot of this name was begun and never ended"
+                ) from exc
+            raise
+        return staging
+
+    def unstage(self, name: str) -> None:
+        """Remove what `stage` made and all that is in it; no harm if nothing is there."""
+        with self._failing("remove", Effect.PARTIAL):
+            try:
+                shutil.rmtree(self.partial_path(name))
+            except FileNotFoundError:
+                return
+            sync_directory(self.directory)
+
+    def commit(self, name: str, manifest: Manifest) -> None:
+        """Make what is staged the snapshot *name*: all or nothing.
+
+        Preconditions: every file of the snapshot is complete and synced, and *manifest* says
+        where it will be, not where it is: `memory.img` moves from `partial_path` to `path`.
+        On success: the snapshot exists, and survives a power failure.
+        On failure: it does not exist; what is staged stands, to commit again or to unstage.
+        Raises: SnapshotExists; StoreError.
+        """
+        if (manifest.vm, manifest.name) != (self.vm, name):
+            raise ValueError(f"the manifest is not that of {self.vm}/{name}")
+        staging, final = self.partial_path(name), self.path(name)
+        with self._failing("write"):
+            (staging / MANIFEST_NAME).unlink(missing_ok=True)  # of a commit that failed
+            write_manifest(staging / MANIFEST_NAME, manifest)
+            sync_directory(staging)
+            self._require_free(name)
+            staging.rename(final)  # the commit point
+        try:
+            sync_directory(self.directory)
+        except OSError as exc:  # the snapshot exists: too late to call it a failure
+            _log.warning(
+                "snapshot %s of VM %s may not survive a power failure: %s",
+                name, self.vm, exc.strerror,
+            )  # fmt: skip
+
+    def set_current(self, name: str | None) -> None:
+        """Make *name* the current snapshot, or none; durable on return."""
+        self._replace(".current", name or "", durable=True)
+
+    def remember_state(self, text: str) -> None:
+        """Keep *text* for the next daemon. Survives a crash of this one, not of the host."""
+        self._replace(".state.json", text, durable=False)
+
+    # --- below ---------------------------------------------------------------------------
+
+    def _look(self) -> dict[str, Manifest | StoreError]:
+        """Bring what is known up to date: one stat per snapshot, reading what has changed."""
+        with self._refreshing, self._failing("read"):
+            known = dict[str, tuple[_Version, Manifest | StoreError]]()
+            with os.scandir(self.directory) as entries:
+                names = sorted(e.name for e in entries if e.name[0] != "." and e.is_dir())
+            for name in names:
+                path = self.directory / name / MANIFEST_NAME
+                version = _version(path)
+                before = self._known.get(name)
+                if before and before[0] == version:
+                    known[name] = before
+                else:
+                    known[name] = version, self._read_one(name, path)
+            self._known = known
+            return {name: what for name, (_, what) in known.items()}
+
+    def _read_one(self, name: str, path: Path) -> Manifest | StoreError:
+        try:
+            manifest = read_manifest(path)
+        except StoreError as exc:
+            return exc
+        except FileNotFoundError:
+            return ManifestInvalid(f"{path} is missing: {path.parent} is not a snapshot")
+        except OSError as exc:
+            return StoreError(f"cannot read {path}: {exc.strerror}")
+        if (manifest.vm, manifest.name) != (self.vm, name):
+            return ManifestInvalid(
+                f"{path} is that of snapshot {manifest.name!r} of VM {manifest.vm!r}"
+            )
+        return manifest
+
+    def _require_free(self, name: str) -> None:
+        # lexists: rename() would also replace an empty directory
+        if os.path.lexists(self.path(name)):
+            raise SnapshotExists(f"VM {self.vm!r} already has a snapshot {name!r}")
+
+    def _read(self, file_name: str) -> str:
+        try:
+            with self._failing("read"):
+                return (self.directory / file_name).read_text("utf-8", "replace")
+        except StoreError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
+                return ""
+            raise
+
+    def _replace(self, file_name: str, text: str, *, durable: bool) -> None:
+        path = self.directory / file_name
+        draft = path.with_name(f"{file_name}.new")
+        with self._failing("write"):
+            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if durable:
+                    os.fsync(fd)
+            draft.rename(path)
+            if durable:
+                sync_directory(self.directory)
+
+    @contextmanager
+    def _failing(self, verb: str, effect: Effect = Effect.NONE) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            where = exc.filename or self.directory
+            raise StoreError(f"cannot {verb} {where}: {exc.strerror}", effect=effect) from exc
+
+
+def _version(path: Path) -> _Version:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_size, status.st_ctime_ns)
