@@ -132,6 +132,18 @@ class QueryMemorySizeSummary(Command[MemorySizeSummary]):
     reply = MemorySizeSummary
 
 
+class MemdevInfo(QapiStruct):
+    """qapi/machine.json, Memdev."""
+
+    id: str | None = None
+    size_bytes: int = Field(alias="size")
+
+
+class QueryMemdev(Command[list[MemdevInfo]]):
+    name = "query-memdev"
+    reply = list[MemdevInfo]
+
+
 class QomGet(Command[Any]):
     """qapi/qom.json, qom-get: the type of the reply is the property's."""
 

@@ -42,6 +42,8 @@ class Tracker:
         self._pausing: Condition | None = None
         self._running: Condition | None = None
         self._window: PauseWindow | None = None
+        self.held_by_user = False
+        """The user has suspended the VM, perhaps while a job held it anyway."""
 
     def on_event(self, event: QmpEvent) -> None:
         """Follow one QEMU event."""
@@ -75,14 +77,22 @@ class Tracker:
             self._observer(old, condition)
 
     @contextmanager
-    def pausing(self, reason: Condition) -> Iterator[PauseWindow]:
-        """During the block a STOP is ours, for *reason*; yields the window it opens."""
+    def pausing(self, reason: Condition) -> Iterator[None]:
+        """During the block a STOP happens for *reason*."""
         before, self._pausing = self._pausing, reason
-        self._window = window = PauseWindow()
         try:
-            yield window
+            yield
         finally:
             self._pausing = before
+
+    @contextmanager
+    def holding(self) -> Iterator[PauseWindow]:
+        """During the block a job holds the guest, or is about to; yields when it did."""
+        self._window = window = PauseWindow()
+        try:
+            with self.pausing(Condition.PAUSED_SNAPSHOT):
+                yield window
+        finally:
             self._window = None
 
     @contextmanager
@@ -93,6 +103,15 @@ class Tracker:
             yield
         finally:
             self._running = before
+
+    @property
+    def held_by_job(self) -> bool:
+        """A job is inside its pause window right now, and alone decides when it ends."""
+        return (
+            self._window is not None
+            and self._window.stopped_at_s is not None
+            and self._window.resumed_at_s is None
+        )
 
     @property
     def running(self) -> bool:

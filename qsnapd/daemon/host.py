@@ -1,0 +1,172 @@
+"""All the VMs of one daemon: finds the one that is meant, and starts jobs on it.
+
+Implements `control.host.Host`; decides nothing.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from functools import partial
+from itertools import count
+
+import trio
+
+from qsnapd.daemon.events import EventHub
+from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.errors import UnknownVm, WrongState
+from qsnapd.model.event import Event, EventKind
+from qsnapd.model.job import JobInfo, JobKind, Phase
+from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.snapshot import Manifest
+from qsnapd.model.state import State
+from qsnapd.model.vm import DiskInfo, VmInfo
+from qsnapd.snapshot.create import Checkpoint
+from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.revert import Revert
+from qsnapd.vm.disks import read_disks
+
+_SNAPSHOT_EVENTS = {
+    (JobKind.CREATE, Phase.DONE): "created",
+    (JobKind.REVERT, Phase.DONE): "reverted",
+}
+
+
+class LocalHost:
+    """The daemon's VMs, by name. Jobs run in *jobs*, so that no client's leaving ends them."""
+
+    def __init__(
+        self,
+        supervisors: Mapping[str, Supervisor],
+        events: EventHub,
+        jobs: trio.Nursery,
+        *,
+        qemu_img: str,
+    ) -> None:
+        self._supervisors = supervisors
+        self._events = events
+        self._jobs = jobs
+        self._qemu_img = qemu_img
+        self._numbers = count(1)
+
+    def _find(self, name: str) -> Supervisor:
+        try:
+            return self._supervisors[name]
+        except KeyError:
+            known = ", ".join(sorted(self._supervisors)) or "none"
+            raise UnknownVm(f"there is no VM {name!r} here; the config file has: {known}") from None
+
+    def vms(self) -> tuple[VmInfo, ...]:
+        return tuple(self.vm(name) for name in sorted(self._supervisors))
+
+    def vm(self, name: str) -> VmInfo:
+        supervisor = self._find(name)
+        condition = supervisor.tracker.condition
+        vm = supervisor.attached
+        return VmInfo(
+            name=name,
+            state=condition.state.text,
+            state_number=condition.state,
+            reason=condition.reason_text,
+            reason_number=condition.reason_number,
+            connected=vm is not None,
+            problem=supervisor.problem,
+            qmp=str(supervisor.qmp),
+            pid=vm.identity.pid if vm else None,
+            uuid=vm.uuid if vm else None,
+            qemu_version=vm.version.text if vm else None,
+            machine=vm.machine_type if vm else None,
+            ram_bytes=vm.ram_bytes if vm else None,
+            vcpus=vm.vcpus if vm else None,
+            snapshots=len(supervisor.store.snapshots()),
+            current_snapshot=supervisor.store.current(),
+        )
+
+    async def disks(self, name: str) -> tuple[DiskInfo, ...]:
+        vm = self._find(name).require_attached()
+        return tuple(disk.info() for disk in await read_disks(vm.session, vm.identity.pid))
+
+    async def suspend(self, name: str) -> None:
+        supervisor = self._find(name)
+        vm = supervisor.require_attached()
+        if supervisor.tracker.condition.state not in (State.RUNNING, State.PAUSED):
+            raise WrongState(
+                f"VM {name} is {supervisor.tracker.condition.text}: it cannot be paused"
+            )
+        await vm.suspend()
+
+    async def resume(self, name: str) -> None:
+        supervisor = self._find(name)
+        vm = supervisor.require_attached()
+        if supervisor.tracker.condition.state in (State.SHUTDOWN, State.CRASHED):
+            raise WrongState(
+                f"VM {name} is {supervisor.tracker.condition.text}: it cannot be resumed"
+            )
+        await vm.resume()
+
+    async def create(self, name: str, request: CreateRequest) -> Job:
+        supervisor = self._find(name)
+        vm = supervisor.require_attached()
+        job = self._new_job(name, JobKind.CREATE, request.name)
+        supervisor.claim(job)
+        checkpoint = Checkpoint(vm, supervisor.store, job, qemu_img=self._qemu_img)
+        self._start(supervisor, job, lambda: checkpoint.take(request))
+        return job
+
+    async def revert(self, name: str, request: RevertRequest) -> Job:
+        supervisor = self._find(name)
+        supervisor.store.manifest(request.name)  # refuses an unknown one at once
+        job = self._new_job(name, JobKind.REVERT, request.name)
+        supervisor.claim(job)
+        revert = Revert(supervisor, job, qemu_img=self._qemu_img)
+        self._start(supervisor, job, lambda: revert.run(request))
+        return job
+
+    def _new_job(self, vm: str, kind: JobKind, snapshot: str | None) -> Job:
+        return Job(next(self._numbers), vm, kind, snapshot, self._publish_job)
+
+    def _start(
+        self, supervisor: Supervisor, job: Job, work: Callable[[], Awaitable[Manifest]]
+    ) -> None:
+        async def run() -> None:
+            try:
+                await job.run(work)
+            finally:
+                supervisor.let_go()
+
+        self._jobs.start_soon(run, name=f"{job.kind} {job.vm}")
+
+    def _publish_job(self, job: Job) -> None:
+        publish = partial(
+            Event, vm=job.vm, at=datetime.now(UTC), snapshot=job.snapshot, job=job.info()
+        )
+        self._events.publish(publish(kind=EventKind.JOB, event=job.phase.value))
+        if job.phase.ended:
+            event = _SNAPSHOT_EVENTS.get((job.kind, job.phase), "failed")
+            detail = str(job.error) if job.error else ""
+            self._events.publish(publish(kind=EventKind.SNAPSHOT, event=event, detail=detail))
+
+    def job(self, name: str) -> JobInfo | None:
+        job = self._find(name).job
+        return job.info() if job else None
+
+    def last_job(self, name: str) -> JobInfo | None:
+        job = self._find(name).last_job
+        return job.info() if job else None
+
+    def abort(self, name: str) -> None:
+        job = self._find(name).job
+        if job is None:
+            raise WrongState(f"no job is running on VM {name}")
+        job.cancel()
+
+    def snapshots(self, name: str) -> tuple[Manifest, ...]:
+        return tuple(self._find(name).store.snapshots().values())
+
+    def snapshot(self, name: str, snapshot: str) -> Manifest:
+        return self._find(name).store.manifest(snapshot)
+
+    def current(self, name: str) -> str | None:
+        return self._find(name).store.current()
+
+    def subscribe(self) -> AbstractContextManager[trio.MemoryReceiveChannel[Event]]:
+        return self._events.subscribe()

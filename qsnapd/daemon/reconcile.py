@@ -1,0 +1,66 @@
+"""`qsnapd reconcile --resume-only`: after a daemon has died, let its guests run again.
+
+For `ExecStopPost=`: it does only what cannot wait for the next start.
+"""
+
+import logging
+
+import trio
+
+from qsnapd.config import Config, VmConfig
+from qsnapd.errors import QsnapError
+from qsnapd.model.plan import CheckpointPlan
+from qsnapd.model.state import Condition
+from qsnapd.qmp.bridge import open_bridge
+from qsnapd.qmp.commands import QueryStatus
+from qsnapd.qmp.session import QmpSession
+from qsnapd.snapshot.undo import give_back_run_state, settle_migration
+from qsnapd.store.layout import Store
+from qsnapd.store.snapshots import VmStore
+from qsnapd.vm.attached import learn
+from qsnapd.vm.identity import peer_of, read_process
+from qsnapd.vm.tracker import Tracker
+
+VM_LIMIT_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+async def reconcile(config: Config) -> int:
+    """Resume every guest that a dead daemon's job held; returns how many could not be.
+
+    The journals stay: the next start finishes or undoes the jobs.
+    Raises: StoreError: a daemon is running, or the state directory cannot be used.
+    """
+    failures = 0
+    with Store(config.daemon.state_dir) as store:
+        for name, vm in config.vm.items():
+            try:
+                with trio.fail_after(VM_LIMIT_S):
+                    await _resume(name, vm, store.vm(name))
+            except (QsnapError, trio.TooSlowError) as exc:
+                failures += 1
+                _log.error("VM %s: %s", name, exc or "no answer in time")
+    return failures
+
+
+async def _resume(name: str, config: VmConfig, store: VmStore) -> None:
+    entry = await trio.to_thread.run_sync(store.journal.read)
+    if entry is None or not isinstance(entry.plan, CheckpointPlan) or not entry.plan.was_running:
+        return
+    async with open_bridge(config.qmp, name=name) as (bridge, sock):
+        identity = await trio.to_thread.run_sync(peer_of, sock)
+        if (identity.pid, identity.start_time_ticks) != (entry.pid, entry.start_time_ticks):
+            return
+        process = await trio.to_thread.run_sync(read_process, identity)
+        tracker = Tracker(lambda old, new: None)
+        session = QmpSession(bridge)
+        session.listen(tracker.on_event)
+        vm = await learn(name, session, tracker, identity, process)
+        status = await session.execute(QueryStatus())
+        tracker.on_attached(status.status, Condition.PAUSED_SNAPSHOT)
+        if not status.running:
+            if entry.plan.name not in store.snapshots():
+                await settle_migration(session, entry.plan)
+            await give_back_run_state(vm, entry.plan)
+            _log.warning("VM %s: resumed after an unfinished snapshot", name)

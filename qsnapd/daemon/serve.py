@@ -1,0 +1,81 @@
+"""The root of the running daemon.
+
+Three nurseries, because they end differently: accepting ends at once, jobs get time to end
+or to undo themselves, and the supervisors, which hold the sessions that jobs need for
+undoing, end last.
+"""
+
+import logging
+import os
+import signal
+import socket
+from functools import partial
+
+import trio
+
+from qsnapd.config import Config
+from qsnapd.control.authorization import Access
+from qsnapd.control.listening import open_listener
+from qsnapd.control.server import Server
+from qsnapd.daemon.events import EventHub
+from qsnapd.daemon.host import LocalHost
+from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.store.layout import Store
+
+DRAIN_LIMIT_S = 20.0
+"""How long a running job may go on after SIGTERM before it is cancelled and undone."""
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(config: Config) -> None:
+    """Run the daemon until SIGTERM or SIGINT.
+
+    On return: no job is running, no guest is held, the control socket is gone.
+    Raises: StoreError: the state directory cannot be used. ControlError: the socket cannot.
+    """
+    settings = config.daemon
+    access = Access.of_groups(operator=settings.operator_group, reader=settings.reader_group)
+    events = EventHub()
+    with Store(settings.state_dir) as store:
+        supervisors = {
+            name: Supervisor(
+                name, vm.qmp, store.vm(name), events.publish, qemu_img=settings.qemu_img
+            )
+            for name, vm in config.vm.items()
+        }
+        async with trio.open_nursery() as watching:
+            for supervisor in supervisors.values():
+                watching.start_soon(supervisor.run, name=f"supervise {supervisor.name}")
+            async with trio.open_nursery() as jobs:
+                host = LocalHost(supervisors, events, jobs, qemu_img=settings.qemu_img)
+                await _accept_until_told(config, Server(host, access), access)
+                jobs.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
+            watching.cancel_scope.cancel()
+
+
+async def _accept_until_told(config: Config, server: Server, access: Access) -> None:
+    async with trio.open_nursery() as accepting:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            listener = open_listener(config.daemon.socket, access)
+            accepting.start_soon(partial(trio.serve_listeners, server.handle, [listener]))
+            notify("READY=1")
+            _log.info("serving %d VMs on %s", len(config.vm), config.daemon.socket)
+            async for number in signals:
+                _log.info("%s: ending", signal.Signals(number).name)
+                break
+        notify("STOPPING=1")
+        accepting.cancel_scope.cancel()
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, if there is one (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.connect("\0" + address[1:] if address.startswith("@") else address)
+            sock.send(state.encode())
+        except OSError as exc:
+            _log.warning("cannot notify %s: %s", address, exc.strerror)

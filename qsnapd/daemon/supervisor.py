@@ -1,0 +1,243 @@
+"""One configured VM for as long as the daemon runs: attach, follow, reattach.
+
+The supervisor owns the VM's condition and its one job; QEMU processes come and go below it.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+
+from qsnapd.errors import QsnapError, SessionLost, StoreError, VmBusy, WrongState
+from qsnapd.model.event import Event, EventKind
+from qsnapd.model.job import JobKind
+from qsnapd.model.state import Condition
+from qsnapd.qmp.bridge import open_bridge
+from qsnapd.qmp.commands import QueryStatus
+from qsnapd.qmp.session import QmpSession
+from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.recovery import recover, recover_without_qemu
+from qsnapd.store.snapshots import VmStore
+from qsnapd.vm.attached import AttachedVm, learn
+from qsnapd.vm.condition import lifecycle_event
+from qsnapd.vm.identity import peer_of, read_process
+from qsnapd.vm.process import still_runs, wait_gone
+from qsnapd.vm.tracker import Tracker
+
+RETRY_FIRST_S = 0.1
+RETRY_LONGEST_S = 5.0
+EXIT_PATIENCE_S = 2.0
+"""How long after losing the monitor the process may take to end."""
+
+_log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Watches one VM. Made at start, runs until the daemon ends."""
+
+    def __init__(
+        self,
+        name: str,
+        qmp: Path,
+        store: VmStore,
+        publish: Callable[[Event], None],
+        *,
+        qemu_img: str,
+    ) -> None:
+        self.name = name
+        self.qmp = qmp
+        self.store = store
+        self.tracker = Tracker(self._condition_changed)
+        self.attached: AttachedVm | None = None
+        self.problem: str | None = "not connected yet"
+        self.job: Job | None = None
+        self.last_job: Job | None = None
+        self.starting: Condition | None = None
+        """What the next QEMU that attaches stands still for, if a job is starting it."""
+        self._publish = publish
+        self._qemu_img = qemu_img
+        self._changed = trio.Event()
+        self._hurry = trio.Event()
+        self._unsaved = trio.Event()
+
+    async def run(self) -> None:
+        """Keep the VM attached whenever its QEMU answers; never returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_condition)
+            delay_s = RETRY_FIRST_S
+            while True:
+                was_attached = await self._attach_once()
+                delay_s = RETRY_FIRST_S if was_attached else min(2 * delay_s, RETRY_LONGEST_S)
+                if self.job is not None and self.job.kind is JobKind.REVERT:
+                    delay_s = RETRY_FIRST_S
+                with trio.move_on_after(delay_s):
+                    await self._hurry.wait()
+
+    async def _attach_once(self) -> bool:
+        """Attach and stay until the session ends; returns whether it came to that."""
+        vm: AttachedVm | None = None
+        try:
+            async with open_bridge(self.qmp, name=self.name) as (bridge, sock):
+                identity = await trio.to_thread.run_sync(peer_of, sock)
+                process = await trio.to_thread.run_sync(read_process, identity)
+                session = QmpSession(bridge)
+                session.listen(self.tracker.on_event)
+                vm = await learn(self.name, session, self.tracker, identity, process)
+                await self._enter(vm)
+                await trio.sleep_forever()
+        except QsnapError as exc:
+            self._problem(exc)
+        finally:
+            self.attached = None
+            self._announce()
+        if vm is not None:
+            await self._leave(vm)
+        elif self.job is None:
+            await self._recover_offline()
+        return vm is not None
+
+    async def _enter(self, vm: AttachedVm) -> None:
+        status = (await vm.session.execute(QueryStatus())).status
+        self.tracker.on_attached(status, self._remembered(vm))
+        if self.job is None:
+            done = await recover(vm, self.store, qemu_img=self._qemu_img)
+            if done:
+                self._tell_recovered(done)
+        _log.info("VM %s: attached to QEMU %s, pid %d", self.name, vm.version.text, vm.identity.pid)
+        self.problem = None
+        self.attached = vm
+        self._unsaved.set()
+        self._announce()
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _leave(self, vm: AttachedVm) -> None:
+        """The session has ended: find out whether the process has, too."""
+        with trio.move_on_after(EXIT_PATIENCE_S):
+            await wait_gone(vm.identity)
+            self.tracker.on_exit()
+            self.problem = "QEMU has ended"
+            _log.info("VM %s: QEMU has ended (%s)", self.name, self.tracker.condition.text)
+
+    async def _recover_offline(self) -> None:
+        """Nobody answers there; a journal may still tell of a QEMU that has ended."""
+        entry = await trio.to_thread.run_sync(self.store.journal.read)
+        if entry is None or still_runs(entry.pid, entry.start_time_ticks):
+            return
+        try:
+            done = await recover_without_qemu(self.store, qemu_img=self._qemu_img)
+        except QsnapError as exc:
+            self._problem(exc)
+        else:
+            if done:
+                self._tell_recovered(done)
+
+    def _problem(self, exc: QsnapError) -> None:
+        if str(exc) != self.problem:
+            level = logging.INFO if isinstance(exc, SessionLost) else logging.WARNING
+            _log.log(level, "VM %s: %s", self.name, exc)
+        self.problem = str(exc)
+
+    def _tell_recovered(self, done: str) -> None:
+        _log.warning("VM %s: %s", self.name, done)
+        self._publish(
+            Event(kind=EventKind.SNAPSHOT, vm=self.name, at=_now(), event="recovered", detail=done)
+        )
+
+    # --- condition -----------------------------------------------------------------------
+
+    def _condition_changed(self, old: Condition, new: Condition) -> None:
+        self._unsaved.set()
+        texts = lifecycle_event(old, new)
+        if texts is not None:
+            event, detail = texts
+            self._publish(
+                Event(
+                    kind=EventKind.LIFECYCLE, vm=self.name, at=_now(), event=event, detail=detail
+                )
+            )
+
+    async def _keep_condition(self) -> None:
+        """Write the condition down after each change, so that the next daemon knows reasons."""
+        while True:
+            await self._unsaved.wait()
+            self._unsaved = trio.Event()
+            vm = self.attached
+            if vm is None:
+                continue
+            text = json.dumps(
+                {
+                    "pid": vm.identity.pid,
+                    "start_time_ticks": vm.identity.start_time_ticks,
+                    "condition": self.tracker.condition.name,
+                }
+            )
+            try:
+                await trio.to_thread.run_sync(self.store.remember_state, text)
+            except StoreError as exc:
+                _log.warning("VM %s: the next daemon will not know its state: %s", self.name, exc)
+
+    def _remembered(self, vm: AttachedVm) -> Condition | None:
+        """What is known of this very process from before this session."""
+        if self.starting is not None:
+            return self.starting
+        try:
+            known = json.loads(self.store.recall_state() or "{}")
+            if (known.get("pid"), known.get("start_time_ticks")) == (
+                vm.identity.pid,
+                vm.identity.start_time_ticks,
+            ):
+                return Condition[known["condition"]]
+        except (ValueError, KeyError, StoreError) as exc:
+            _log.warning("VM %s: its remembered state is not understood: %s", self.name, exc)
+        return None
+
+    # --- jobs ----------------------------------------------------------------------------
+
+    def claim(self, job: Job) -> None:
+        """Make *job* the one that may change this VM.
+
+        Raises: VmBusy: another one runs.
+        """
+        if self.job is not None:
+            info = self.job.info()
+            raise VmBusy(
+                f"VM {self.name} is busy: a {info.kind} job has been running for "
+                f"{info.elapsed_ms / 1000:.1f} s (phase {info.phase})"
+            )
+        self.job = job
+
+    def let_go(self) -> None:
+        """The job has ended."""
+        self.last_job, self.job = self.job, None
+
+    def require_attached(self) -> AttachedVm:
+        """The VM as it is attached now. Raises: WrongState: it is not, and why."""
+        if self.attached is None:
+            raise WrongState(
+                f"VM {self.name} is {self.tracker.condition.state.text}, or its QEMU does not "
+                f"answer: {self.problem}"
+            )
+        return self.attached
+
+    async def wait_attached(self) -> AttachedVm:
+        """Wait until some QEMU is attached."""
+        while self.attached is None:
+            self._hurry.set()
+            self._hurry = trio.Event()
+            await self._changed.wait()
+        return self.attached
+
+    async def wait_detached(self) -> None:
+        """Wait until none is."""
+        while self.attached is not None:
+            await self._changed.wait()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,1 @@
+"""Taking checkpoints and putting VMs back to them: plans first, then steps, then the commit."""

@@ -1,0 +1,99 @@
+"""What the three strategies share: the pause window, the pivot, the way out of the pause."""
+
+from dataclasses import dataclass, field
+
+import trio
+
+from qsnapd.model.plan import CheckpointPlan
+from qsnapd.model.snapshot import PauseParts
+from qsnapd.model.state import Condition
+from qsnapd.qmp.block import BlockdevSetActive, Transaction
+from qsnapd.qmp.commands import Cont, Stop
+from qsnapd.qmp.migration import MigrationInfo
+from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.memory import MemoryTarget
+from qsnapd.snapshot.overlays import pivot_actions
+from qsnapd.snapshot.saving import progress_of
+from qsnapd.vm.attached import AttachedVm
+from qsnapd.vm.tracker import PauseWindow
+
+
+@dataclass
+class Capture:
+    """One capture under way; the strategies are functions on it."""
+
+    vm: AttachedVm
+    plan: CheckpointPlan
+    target: MemoryTarget
+    job: Job
+    window: PauseWindow = field(default_factory=PauseWindow)
+    stop_ms: float = 0.0
+    pivot_ms: float = 0.0
+    capture_ms: float = 0.0
+
+    def parts(self) -> PauseParts:
+        return PauseParts(
+            stop_ms=self.stop_ms, pivot_ms=self.pivot_ms, capture_ms=self.capture_ms
+        )
+
+    def watch(self, info: MigrationInfo) -> None:
+        self.job.report(progress_of(info))
+
+    async def halt(self) -> None:
+        """Stop the guest, if it was running; QEMU drains and flushes its disks."""
+        if self.plan.was_running:
+            begun_s = trio.current_time()
+            await self.vm.session.execute(Stop())
+            self.stop_ms = _since_ms(begun_s)
+
+    async def pivot(self) -> None:
+        """Move every disk to its overlay, all at once or none."""
+        if self.plan.pivots:
+            begun_s = trio.current_time()
+            actions = pivot_actions(self.plan.pivots)
+            await self.vm.session.execute(Transaction(actions=actions))
+            self.pivot_ms = _since_ms(begun_s)
+
+    async def begin_saving(self) -> None:
+        await self.vm.session.execute(self.target.command())
+
+    @property
+    def to_resume(self) -> bool:
+        """The guest ran, and its user has not suspended it meanwhile."""
+        return self.plan.was_running and not self.vm.tracker.held_by_user
+
+    async def release(self) -> None:
+        """Let the guest run again, if it is to."""
+        if self.to_resume:
+            await self.vm.ensure_running()
+
+    async def release_at_once(self) -> None:
+        """The same without asking first: for QEMU >= 9.0, where only we end this pause."""
+        if self.to_resume:
+            with self.vm.tracker.resuming(Condition.RUNNING_UNPAUSED):
+                await self.vm.session.execute(Cont())
+
+    async def leave_postmigrate(self) -> None:
+        """After a completed save the disks are inactive: `cont` wakes them, or this does.
+
+        A VM that stays paused on QEMU < 10.0 keeps them inactive until it is resumed.
+        """
+        if self.to_resume:
+            await self.vm.ensure_running()
+        elif self.plan.nodes_can_be_activated:
+            await self.vm.session.execute(BlockdevSetActive(active=True))
+
+
+def _since_ms(begun_s: float) -> float:
+    return round((trio.current_time() - begun_s) * 1000, 3)
+
+
+class Stopwatch:
+    """Measures one part of the pause."""
+
+    def __init__(self) -> None:
+        self._begun_s = trio.current_time()
+
+    @property
+    def ms(self) -> float:
+        return _since_ms(self._begun_s)

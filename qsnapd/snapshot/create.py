@@ -1,0 +1,206 @@
+"""One checkpoint from request to commit.
+
+The shape of it: plan, write the plan to the journal, make everything that can be made
+beforehand, capture, finish, commit. Whatever goes wrong before the commit, one function
+(`undo.put_back`) makes it as if it had never been asked for. After the commit nothing is
+undone; what still goes wrong is a warning on a snapshot that exists.
+"""
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import trio
+
+from qsnapd.errors import Effect, GuestLeftPaused, QsnapError, StoreError
+from qsnapd.image.files import create_exclusive, identity, publish, require_space
+from qsnapd.model.job import Phase
+from qsnapd.model.plan import CheckpointPlan, JournalEntry
+from qsnapd.model.request import CreateRequest
+from qsnapd.model.snapshot import ImageFormat, Manifest, Strategy
+from qsnapd.qmp.migration import MigrateSetCapabilities, MigrateSetParameters
+from qsnapd.snapshot.background import capture_background
+from qsnapd.snapshot.capture import Capture
+from qsnapd.snapshot.finish import describe, finish_image
+from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.memory import MemoryTarget
+from qsnapd.snapshot.overlays import add_overlay_node, make_overlay, publish_overlays
+from qsnapd.snapshot.plan import plan_checkpoint
+from qsnapd.snapshot.precopy import capture_precopy
+from qsnapd.snapshot.situation import look
+from qsnapd.snapshot.stopped import capture_stopped
+from qsnapd.snapshot.undo import put_back, release_qemu
+from qsnapd.store.snapshots import VmStore
+from qsnapd.vm.attached import AttachedVm
+
+UNDO_LIMIT_S = 300.0
+"""Merging back what the guest wrote meanwhile takes as long as the disk needs."""
+SETTLE_LIMIT_S = 30.0
+COMMIT_LIMIT_S = 60.0
+DEVICE_STATE_BYTES = 64 << 20
+"""Room for everything in an image that is not guest RAM."""
+
+_CAPTURES = {
+    Strategy.STOPPED: capture_stopped,
+    Strategy.PRECOPY: capture_precopy,
+    Strategy.BACKGROUND: capture_background,
+}
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """Takes one checkpoint of one VM; used once."""
+
+    def __init__(self, vm: AttachedVm, store: VmStore, job: Job, *, qemu_img: str) -> None:
+        self._vm = vm
+        self._store = store
+        self._job = job
+        self._qemu_img = qemu_img
+        self._made = ExitStack()
+
+    async def take(self, request: CreateRequest) -> Manifest:
+        """Take the checkpoint.
+
+        Preconditions: no other job changes this VM; the caller sees to that.
+        On success: the snapshot exists and is current; a guest that ran runs on its overlays.
+        On failure or cancellation before the commit: as if never asked; the error's `effect`
+          says so.
+        Raises: RequestError: refused, nothing was touched. VmError, StoreError.
+          GuestLeftPaused: the one failure that leaves something: somebody must act.
+        """
+        store = self._store
+        now = await look(
+            self._vm,
+            snapshots=frozenset(store.snapshots()),
+            current=store.current(),
+            directory=store.directory,
+        )
+        plan = plan_checkpoint(request, now)
+        self._job.snapshot = plan.name
+        await trio.to_thread.run_sync(require_room, plan, store.directory)
+        identity_of_qemu = self._vm.identity
+        entry = JournalEntry(
+            plan=plan,
+            pid=identity_of_qemu.pid,
+            start_time_ticks=identity_of_qemu.start_time_ticks,
+        )
+        await trio.to_thread.run_sync(store.journal.write, entry)
+        try:
+            with self._made:
+                manifest = await self._run(plan, entry)
+        except BaseException as exc:
+            if plan.name not in store.snapshots():
+                await self._undo(plan, exc)
+                raise
+            manifest = store.manifest(plan.name)
+            _log.warning("VM %s: after the commit of %s: %s", plan.vm, plan.name, exc)
+        await self._settle(plan)
+        return manifest
+
+    async def _run(self, plan: CheckpointPlan, entry: JournalEntry) -> Manifest:
+        target = await self._prepare(plan, entry)
+        self._job.enter(Phase.SAVING)
+        capture = Capture(self._vm, plan, target, self._job)
+        await _CAPTURES[plan.strategy](capture)
+        self._job.enter(Phase.FINISHING)
+        image, ram_blocks = await finish_image(target, self._vm.ram_blocks)
+        manifest = describe(self._vm, plan, capture, image, ram_blocks, self._job.elapsed_ms)
+        with trio.fail_after(COMMIT_LIMIT_S, shield=True):
+            await trio.to_thread.run_sync(self._commit, plan, manifest)
+        return manifest
+
+    async def _prepare(self, plan: CheckpointPlan, entry: JournalEntry) -> MemoryTarget:
+        """Make files and nodes; the guest runs and notices nothing."""
+        session = self._vm.session
+        await trio.to_thread.run_sync(self._store.stage, plan.name)
+        memory = await trio.to_thread.run_sync(create_exclusive, Path(plan.memory_partial))
+        self._made.callback(os.close, memory)
+        overlays = [
+            await make_overlay(pivot.overlay, qemu_img=self._qemu_img) for pivot in plan.pivots
+        ]
+        entry = entry.model_copy(update={"made": (identity(memory), *overlays)})
+        await trio.to_thread.run_sync(self._store.journal.write, entry)
+        await publish_overlays([pivot.overlay for pivot in plan.pivots])
+        for pivot in plan.pivots:
+            await add_overlay_node(session, pivot)
+        if plan.capabilities:
+            await session.execute(MigrateSetCapabilities.of(plan.capabilities))
+        await session.execute(MigrateSetParameters(parameters=plan.parameters))
+        target = MemoryTarget(plan, memory)
+        await target.hand_over(session)
+        await trio.to_thread.run_sync(_flush_disks, plan)
+        return target
+
+    def _commit(self, plan: CheckpointPlan, manifest: Manifest) -> None:
+        """Give the image its name, then the snapshot its existence. Blocks."""
+        if not plan.memory_partial.startswith(f"{self._store.directory}/"):
+            publish(Path(plan.memory_partial), Path(plan.memory_file))
+        self._store.commit(plan.name, manifest)
+
+    async def _undo(self, plan: CheckpointPlan, cause: BaseException) -> None:
+        """Put everything back, whoever cancels; the journal stays if that fails."""
+        self._job.enter(Phase.UNDOING)
+        with trio.CancelScope(shield=True), trio.move_on_after(UNDO_LIMIT_S) as patience:
+            entry = await trio.to_thread.run_sync(self._store.journal.read)
+            assert entry is not None, "the journal holds the plan until the job has ended"
+            try:
+                await put_back(self._vm, entry)
+                await trio.to_thread.run_sync(self._store.unstage, plan.name)
+                await trio.to_thread.run_sync(self._store.journal.clear)
+            except GuestLeftPaused as exc:
+                raise exc from cause
+            except QsnapError as exc:
+                _log.error("VM %s: undoing %s is not finished: %s", plan.vm, plan.name, exc)
+                if isinstance(cause, QsnapError):
+                    cause.effect = Effect.UNKNOWN
+                return
+        if isinstance(cause, QsnapError):
+            cause.effect = Effect.UNKNOWN if patience.cancelled_caught else Effect.ROLLED_BACK
+
+    async def _settle(self, plan: CheckpointPlan) -> None:
+        """After the commit: what is left to tidy up, none of which can harm the snapshot."""
+        with trio.CancelScope(shield=True), trio.move_on_after(SETTLE_LIMIT_S):
+            try:
+                await settle_committed(self._vm, plan, self._store)
+            except QsnapError as exc:
+                _log.warning("VM %s: %s exists, but: %s", plan.vm, plan.name, exc)
+
+
+async def settle_committed(vm: AttachedVm, plan: CheckpointPlan, store: VmStore) -> None:
+    """Finish a checkpoint that is committed; idempotent, so that a restart can do it too."""
+    await trio.to_thread.run_sync(store.set_current, plan.name)
+    await release_qemu(vm.session, plan)
+    await trio.to_thread.run_sync(store.journal.clear)
+
+
+def require_room(plan: CheckpointPlan, directory: Path) -> None:
+    """Refuse a checkpoint whose image may not fit. Blocks.
+
+    A mapped-ram image is never larger than RAM; neither is a stream that sends each page
+    once, but for a few bytes a page.
+    Raises: StoreFull, TargetRefused.
+    """
+    where = Path(plan.memory_file).parent
+    if where.parent == directory:
+        where = directory  # the snapshot's own folder is made later
+    per_page_bytes = plan.ram_bytes // 256 if plan.image_format is ImageFormat.STREAM else 0
+    require_space(where, plan.ram_bytes + per_page_bytes + DEVICE_STATE_BYTES)
+
+
+def _flush_disks(plan: CheckpointPlan) -> None:
+    """Sync the disks' files now, so that `stop` finds little to flush. Blocks."""
+    for pivot in plan.pivots:
+        try:
+            descriptor = os.open(pivot.overlay.backing, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            _log.debug("cannot pre-flush %s: %s", pivot.overlay.backing, exc)
+            continue
+        try:
+            os.fdatasync(descriptor)
+        except OSError as exc:
+            raise StoreError(
+                f"disk {pivot.target}: {pivot.overlay.backing} cannot be synced: {exc.strerror}"
+            ) from exc
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,109 @@
+"""From a written memory image to a snapshot: sync, seal, verify, hash, describe."""
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import trio
+
+from qsnapd.image import digest, mapped_ram, stream
+from qsnapd.image.files import allocated_bytes, sync_file
+from qsnapd.model.plan import CheckpointPlan
+from qsnapd.model.snapshot import (
+    DiskLayer,
+    ImageFormat,
+    Manifest,
+    MemoryImage,
+    RamBlock,
+    Strategy,
+)
+from qsnapd.model.state import Condition, State
+from qsnapd.snapshot.capture import Capture
+from qsnapd.snapshot.memory import MemoryTarget
+from qsnapd.vm.attached import AttachedVm
+
+
+async def finish_image(
+    target: MemoryTarget, ram_blocks: Sequence[RamBlock]
+) -> tuple[MemoryImage, tuple[RamBlock, ...]]:
+    """Make the image durable and loadable, and prove it; the guest runs meanwhile.
+
+    *ram_blocks* are those QEMU must have saved. Returns the image under its final name, and
+    all blocks found in it.
+    Cancellation: stops at the next mebibyte; the image is then worth nothing.
+    Raises: CaptureFailed, ImageInvalid, StoreError.
+    """
+    return await trio.to_thread.run_sync(_finish_image, target, ram_blocks)
+
+
+def _finish_image(
+    target: MemoryTarget, ram_blocks: Sequence[RamBlock]
+) -> tuple[MemoryImage, tuple[RamBlock, ...]]:
+    plan, fd = target.plan, target.descriptor
+    if target.drain is not None:
+        target.drain.finish()
+    sync_file(fd)
+    if plan.image_format is ImageFormat.MAPPED_RAM:
+        if plan.strategy is Strategy.BACKGROUND:
+            mapped_ram.seal(fd)
+        repeated = plan.strategy is Strategy.PRECOPY
+        writes = mapped_ram.Writes.REPEATED if repeated else mapped_ram.Writes.ONCE
+        verified = mapped_ram.verify(fd, ram_blocks, writes)
+    else:
+        verified = stream.verify(fd, ram_blocks)
+    trio.from_thread.check_cancelled()
+    check = trio.from_thread.check_cancelled
+    image = MemoryImage(
+        path=plan.memory_file,
+        size_bytes=os.fstat(fd).st_size,
+        allocated_bytes=allocated_bytes(fd),
+        sha256=digest.sha256(fd, check) if plan.hash_memory else None,
+    )
+    return image, verified.ram_blocks
+
+
+def describe(
+    vm: AttachedVm,
+    plan: CheckpointPlan,
+    capture: Capture,
+    image: MemoryImage,
+    ram_blocks: tuple[RamBlock, ...],
+    total_ms: float,
+) -> Manifest:
+    """The manifest of a finished checkpoint; pure."""
+    stopped_at_s = capture.window.stopped_at_s
+    paused = Condition[plan.reason].state is State.PAUSED
+    return Manifest(
+        name=plan.name,
+        vm=plan.vm,
+        parent=plan.parent,
+        description=plan.description,
+        labels=plan.labels,
+        created_at=(
+            plan.requested_at if stopped_at_s is None else datetime.fromtimestamp(stopped_at_s, UTC)
+        ),
+        state="paused" if paused else "running",
+        reason=plan.reason,
+        strategy=plan.strategy,
+        image_format=plan.image_format,
+        paused_ms=capture.window.paused_ms,
+        pause=capture.parts(),
+        total_ms=total_ms,
+        memory=image,
+        disks=tuple(
+            DiskLayer(
+                target=pivot.target,
+                node=pivot.node,
+                qdev=pivot.qdev,
+                frozen=pivot.overlay.backing,
+                frozen_format=pivot.overlay.backing_format,
+                overlay=pivot.overlay.path,
+                virtual_size_bytes=pivot.overlay.virtual_size_bytes,
+                chain=pivot.chain,
+            )
+            for pivot in plan.pivots
+        ),
+        qemu_version=vm.version.text,
+        qemu_package=vm.version.package,
+        machine=vm.machine().model_copy(update={"ram_blocks": ram_blocks}),
+    )

@@ -1,0 +1,111 @@
+"""The file that the guest's memory goes to, and its way into QEMU's hands."""
+
+import errno
+import os
+import threading
+from dataclasses import dataclass, field
+
+from qsnapd.errors import CaptureFailed, TargetRefused
+from qsnapd.model.plan import CheckpointPlan
+from qsnapd.qmp.commands import AddFd, GetFd
+from qsnapd.qmp.migration import Migrate
+from qsnapd.qmp.session import QmpSession
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass
+class MemoryTarget:
+    """Where QEMU writes: the file, or a pipe whose reader never fails."""
+
+    plan: CheckpointPlan
+    descriptor: int
+    """Ours, read-write, for sealing and verifying."""
+    drain: "Drain | None" = field(default=None)
+
+    @property
+    def name(self) -> str:
+        return f"qsnapd-{self.plan.token}"
+
+    async def hand_over(self, session: QmpSession) -> None:
+        """Give QEMU its descriptor; before the pause, like everything slow.
+
+        QEMU opens an fdset by access mode and wants exactly O_WRONLY there.
+        """
+        if self.plan.drained:
+            self.drain = Drain(self.descriptor)
+            try:
+                await session.execute(GetFd(fdname=self.name), descriptor=self.drain.writer)
+            finally:
+                self.drain.let_go()
+            return
+        try:
+            writer = os.open(self.plan.memory_partial, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as exc:
+            raise TargetRefused(
+                f"cannot open {self.plan.memory_partial}: {exc.strerror}"
+            ) from exc
+        try:
+            if self.plan.memory_fdset_id is None:
+                await session.execute(GetFd(fdname=self.name), descriptor=writer)
+            else:
+                await session.execute(
+                    AddFd(fdset_id=self.plan.memory_fdset_id, opaque=self.plan.memory_file),
+                    descriptor=writer,
+                )
+        finally:
+            os.close(writer)
+
+    def command(self) -> Migrate:
+        if self.plan.memory_fdset_id is None or self.plan.drained:
+            return Migrate(uri=f"fd:{self.name}")
+        return Migrate(uri=f"file:/dev/fdset/{self.plan.memory_fdset_id}")
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Drain:
+    """Copies a pipe to a file, and goes on reading when the file can take no more.
+
+    QEMU < 10.0 freezes its guest when a background snapshot fails, so it must never see
+    a failure: the snapshot fails here instead.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._reader, self.writer = os.pipe2(os.O_CLOEXEC)
+        self._target = os.dup(target)
+        self._failure: OSError | None = None
+        self._thread = threading.Thread(target=self._copy, name="drain", daemon=True)
+        self._thread.start()
+
+    def let_go(self) -> None:
+        """Close our end for writing: QEMU's is the only one left."""
+        os.close(self.writer)
+
+    def _copy(self) -> None:
+        try:
+            while chunk := os.read(self._reader, CHUNK_BYTES):
+                if self._failure is None:
+                    self._write(chunk)
+        finally:
+            os.close(self._reader)
+            os.close(self._target)
+
+    def _write(self, chunk: bytes) -> None:
+        view = memoryview(chunk)
+        try:
+            while view:
+                view = view[os.write(self._target, view) :]
+        except OSError as exc:
+            self._failure = exc
+
+    def finish(self) -> None:
+        """Wait until QEMU's last byte is in the file. Blocks: call it in a thread.
+
+        Raises: CaptureFailed: the file could not take it all.
+        """
+        self._thread.join()
+        if self._failure is not None:
+            number = self._failure.errno or errno.EIO
+            raise CaptureFailed(f"the memory image could not be written: {os.strerror(number)}")

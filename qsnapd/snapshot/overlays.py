@@ -1,0 +1,156 @@
+"""New qcow2 files over existing images, and the nodes that QEMU makes of them."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from qsnapd.errors import StoreError, TargetRefused
+from qsnapd.image.files import create_exclusive, identity, publish
+from qsnapd.model.plan import OverlayPlan, PivotPlan
+from qsnapd.model.snapshot import FileIdentity
+from qsnapd.qmp.block import BlockdevAdd
+from qsnapd.qmp.commands import AddFd
+from qsnapd.qmp.session import QmpSession
+
+QEMU_IMG_LIMIT_S = 60.0
+
+
+async def make_overlay(plan: OverlayPlan, *, qemu_img: str) -> FileIdentity:
+    """Create the overlay's file under its partial name, complete and synced.
+
+    It belongs to whom the image below belongs, mode 0600.
+
+    On failure: the partial file may exist; its name carries the job's token.
+    Raises: TargetRefused: it cannot be created there. StoreError: qemu-img failed.
+    """
+    partial = Path(plan.partial)
+    descriptor = await trio.to_thread.run_sync(create_exclusive, partial)
+    try:
+        if os.geteuid() == 0:
+            owner = os.stat(plan.backing)
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        # -u: QEMU holds the image below open and locked, and we know its size.
+        command = [qemu_img, "create", "-q", "-f", "qcow2", "-u"]
+        command += ["-F", plan.backing_format, "-b", plan.backing]
+        if options := _options(plan):
+            command += ["-o", options]
+        command += [str(partial), str(plan.virtual_size_bytes)]
+        with trio.fail_after(QEMU_IMG_LIMIT_S):
+            done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+        del done
+        await trio.to_thread.run_sync(os.fsync, descriptor)
+        return await trio.to_thread.run_sync(identity, partial)
+    except FileNotFoundError as exc:
+        raise StoreError(f"cannot run {qemu_img}: install qemu-utils or set qemu_img") from exc
+    except subprocess.CalledProcessError as exc:
+        words = exc.stderr.decode(errors="replace").strip()
+        raise StoreError(f"qemu-img could not create {partial}: {words}") from exc
+    except trio.TooSlowError:
+        raise StoreError(f"qemu-img did not create {partial} in {QEMU_IMG_LIMIT_S:g} s") from None
+    except OSError as exc:
+        raise StoreError(f"cannot create {partial}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+
+
+def _options(plan: OverlayPlan) -> str:
+    options = []
+    if plan.cluster_size_bytes:
+        options.append(f"cluster_size={plan.cluster_size_bytes}")
+    if plan.extended_l2:
+        options.append("extended_l2=on")
+    return ",".join(options)
+
+
+async def publish_overlays(plans: Sequence[OverlayPlan]) -> None:
+    """Give finished overlays their names, never in place of another file.
+
+    Raises: TargetRefused: a file of that name exists.
+    """
+    for plan in plans:
+        await trio.to_thread.run_sync(publish, Path(plan.partial), Path(plan.path))
+
+
+async def add_overlay_node(session: QmpSession, plan: PivotPlan) -> None:
+    """Hand the overlay to QEMU and make a node of it, without the image below it yet.
+
+    The set holds one descriptor, O_RDWR, and no O_RDONLY one beside it. With both, QEMU
+    would change to the second when the next overlay covers this one, while the first,
+    still open in the set, kept its lock on the file; the next `cont` after a migration
+    then fails with 'Failed to get shared "write" lock' (7.2, 10.0).
+    """
+    path = plan.overlay.path
+    direct = os.O_DIRECT if plan.cache_direct else 0
+    try:
+        descriptor = os.open(path, os.O_RDWR | direct | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as exc:
+        raise TargetRefused(f"cannot open the overlay {path}: {exc.strerror}") from exc
+    try:
+        command = AddFd(fdset_id=plan.fdset_id, opaque=path)
+        await session.execute(command, descriptor=descriptor)
+    finally:
+        os.close(descriptor)
+    await session.execute(BlockdevAdd(options=_node_options(plan)))
+
+
+def _node_options(plan: PivotPlan) -> dict[str, Any]:
+    cache = {"direct": plan.cache_direct, "no-flush": plan.cache_no_flush}
+    return {
+        "driver": "qcow2",
+        "node-name": plan.overlay_node,
+        "discard": "unmap",
+        "detect-zeroes": plan.detect_zeroes,
+        "cache": cache,
+        "backing": None,
+        "file": {
+            "driver": "file",
+            "node-name": plan.file_node,
+            "filename": f"/dev/fdset/{plan.fdset_id}",
+            "discard": "unmap",
+            "cache": cache,
+        },
+    }
+
+
+def pivot_actions(plans: Sequence[PivotPlan]) -> list[dict[str, Any]]:
+    """The transaction that moves all disks at once, with the bitmaps that go on in overlays."""
+    actions: list[dict[str, Any]] = []
+    for plan in plans:
+        actions.extend(
+            {
+                "type": "block-dirty-bitmap-add",
+                "data": {
+                    "node": plan.overlay_node,
+                    "name": bitmap.name,
+                    "granularity": bitmap.granularity_bytes,
+                    "persistent": True,
+                },
+            }
+            for bitmap in plan.bitmaps
+        )
+        actions.append(
+            {
+                "type": "blockdev-snapshot",
+                "data": {"node": plan.node, "overlay": plan.overlay_node},
+            }
+        )
+    return actions
+
+
+async def merge_offline(overlay: Path, *, qemu_img: str) -> None:
+    """Write what *overlay* holds into the image below it; no QEMU may have either open.
+
+    qemu-img takes the images' locks, so it refuses rather than corrupts.
+    Raises: StoreError: it could not; nothing is lost.
+    """
+    command = [qemu_img, "commit", "-q", "-d", str(overlay)]
+    try:
+        await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+    except subprocess.CalledProcessError as exc:
+        raise StoreError(exc.stderr.decode(errors="replace").strip()) from exc
+    except OSError as exc:
+        raise StoreError(f"cannot run {qemu_img}: {exc.strerror}") from exc

@@ -1,0 +1,59 @@
+"""A migration to a file under way: begin it, follow it, know when it has ended."""
+
+from collections.abc import Callable
+
+import trio
+
+from qsnapd.errors import CaptureFailed
+from qsnapd.model.job import Progress
+from qsnapd.qmp.migration import MigrationInfo, QueryMigrate
+from qsnapd.qmp.session import QmpSession
+
+PROGRESS_EVERY_S = 0.1
+"""Between the events that tell of a change of status, ask this often for the bytes."""
+
+Watcher = Callable[[MigrationInfo], None]
+
+
+async def wait_saved(session: QmpSession, *until: str, watcher: Watcher) -> MigrationInfo:
+    """Follow the migration until its status is one of *until*; tell *watcher* each look.
+
+    Cancellation: the migration goes on.
+    Raises: CaptureFailed: it failed, or somebody cancelled it. What *watcher* raises.
+    """
+    with session.watch("MIGRATION") as events:
+        while True:
+            info = await session.execute(QueryMigrate())
+            if info.status in until:
+                return info
+            require_alive(info)
+            watcher(info)
+            with trio.move_on_after(PROGRESS_EVERY_S):
+                await events.receive()
+
+
+def require_alive(info: MigrationInfo) -> None:
+    """Raise CaptureFailed if the migration has failed or was cancelled."""
+    if info.status == "failed":
+        raise CaptureFailed(
+            f"QEMU could not save the memory: {info.error_desc or 'it does not say why'}"
+        )
+    if info.status in ("cancelled", "cancelling"):
+        raise CaptureFailed("the save was cancelled by somebody else on this QEMU")
+    if info.status in (None, "none"):
+        raise CaptureFailed("QEMU knows of no save: it was started anew")
+
+
+def progress_of(info: MigrationInfo) -> Progress:
+    """Bytes of guest RAM dealt with, and the rate at which bytes reach the file."""
+    if info.ram is None:
+        return Progress()
+    ram = info.ram
+    done_bytes = max(0, ram.total_bytes - ram.remaining_bytes)
+    rate_bytes_per_s = ram.mbit_per_s * 1e6 / 8
+    return Progress(
+        done_bytes=done_bytes,
+        total_bytes=ram.total_bytes,
+        rate_bytes_per_s=round(rate_bytes_per_s, 1),
+        left_s=round(ram.remaining_bytes / rate_bytes_per_s, 2) if rate_bytes_per_s else None,
+    )

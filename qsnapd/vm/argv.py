@@ -1,0 +1,147 @@
+"""QEMU's command line as a list of options, and an option's value as a flat table.
+
+Reading and writing are exact opposites: what nobody changed is written as it was read.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_WITHOUT_VALUE = (
+    "h help version S s snapshot daemonize preconfig nodefaults no-user-config enable-kvm "
+    "only-migratable mem-prealloc audio-help usb nographic full-screen portrait win2k-hack "
+    "no-acpi no-hpet no-fd-bootchk no-reboot no-shutdown singlestep async-teardown "
+    "enable-sync-profile semihosting old-param xen-attach xen-domid-restrict "
+    "perfmap jitdump"  # since QEMU 8.0
+)
+WITHOUT_VALUE = frozenset(_WITHOUT_VALUE.split())
+"""Every other option is followed by its value: a name missing here swallows the next word."""
+
+# One "key=value" up to a lone comma; a comma within the value is written twice.
+_PART = re.compile(r"((?:[^,]|,,)*)(?:,|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Option:
+    """`-name value`, `-name`, or a bare word: the image of the first disk, without a name."""
+
+    name: str
+    value: str | None = None
+    dashes: str = field(default="-", compare=False)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        name = (f"{self.dashes}{self.name}",) if self.name else ()
+        return name if self.value is None else (*name, self.value)
+
+    def __str__(self) -> str:
+        """As a person would quote it in a sentence."""
+        return " ".join(self.words)
+
+
+def parse_options(words: Iterable[str]) -> list[Option]:
+    """Read the words after the program's name, as QEMU splits them; `-x` and `--x` are one."""
+    options = []
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("-"):
+            options.append(Option("", word))
+            continue
+        dashes = "--" if word.startswith("--") else "-"
+        name = word.removeprefix(dashes)
+        value = None if name in WITHOUT_VALUE else next(remaining, None)
+        options.append(Option(name, value, dashes))
+    return options
+
+
+def words_of(options: Sequence[Option]) -> tuple[str, ...]:
+    return tuple(word for option in options for word in option.words)
+
+
+def escaped(value: str) -> str:
+    """*value* as it must be written within `key=value,...`."""
+    return value.replace(",", ",,")
+
+
+class Fields(dict[str, Any]):
+    """An option's value by dotted key ("file.filename"), whatever way it was spelled.
+
+    Values are strings, or what JSON has, if `is_json`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, is_json: bool = False) -> None:
+        super().__init__(values)
+        self.is_json = is_json
+
+    @classmethod
+    def parse(cls, text: str, *, first_key: str | None = None) -> "Fields":
+        """Read `{...}` or `key=value,...`; *first_key* is implied by a first part without "=".
+
+        Raises: ValueError: JSON that is none.
+        """
+        if text.startswith("{"):
+            return cls(_flat(json.loads(text)), is_json=True)
+        values = {}
+        for number, match in enumerate(_PART.finditer(text)):
+            part = match[1]
+            if not part:
+                continue
+            key, equals, value = part.partition("=")
+            if not equals:  # "snapshot" alone means "snapshot=on"
+                key, value = (first_key, part) if first_key and number == 0 else (part, "on")
+            values[key] = value.replace(",,", ",")
+        return cls(values)
+
+    def __str__(self) -> str:
+        if self.is_json:
+            return json.dumps(_nested(self), ensure_ascii=False)
+        return ",".join(f"{key}={escaped(str(value))}" for key, value in self.items())
+
+    def is_on(self, key: str) -> bool:
+        return self.get(key) in (True, "on", "yes", "true", "y")
+
+    def drop(self, key: str) -> None:
+        """Remove *key* and everything below it."""
+        for found in [k for k in self if k == key or k.startswith(f"{key}.")]:
+            del self[found]
+
+    def rename(self, key: str, new: str) -> None:
+        if key in self:
+            self[new] = self.pop(key)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401 -- any JSON
+    children: Iterable[tuple[Any, Any]]
+    match tree:
+        case dict() if tree or not prefix:
+            children = tree.items()
+        case list() if tree:
+            children = enumerate(tree)
+        case _:
+            return {prefix.removesuffix("."): tree}
+    flat: dict[str, Any] = {}
+    for key, child in children:
+        flat |= _flat(child, f"{prefix}{key}.")
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> Any:  # noqa: ANN401 -- any JSON
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return _with_lists(tree)
+
+
+def _with_lists(tree: Any) -> Any:  # noqa: ANN401 -- any JSON
+    # QEMU's own rule: what has only numbers for keys is a list.
+    if not isinstance(tree, dict):
+        return tree
+    if tree and all(key.isdecimal() for key in tree):
+        return [_with_lists(tree[key]) for key in sorted(tree, key=int)]
+    return {key: _with_lists(value) for key, value in tree.items()}

@@ -1,0 +1,192 @@
+"""The disks of a running VM, as QEMU's block graph tells them."""
+
+import json
+from collections.abc import Iterable, Mapping
+
+from qsnapd.errors import CommandRefused
+from qsnapd.model.base import Frozen
+from qsnapd.model.snapshot import FileIdentity
+from qsnapd.model.vm import DiskInfo
+from qsnapd.qmp.block import BitmapInfo, BlockInfo, ImageInfo, NodeInfo, QueryBlock
+from qsnapd.qmp.commands import FdsetInfo, QomGet, QueryFdsets
+from qsnapd.qmp.session import QmpSession
+from qsnapd.vm.identity import resolve_image_path
+
+FDSET_PREFIX = "/dev/fdset/"
+
+_TARGET_PREFIXES = (
+    ("virtio-blk", "vd"),
+    ("vhost-user-blk", "vd"),
+    ("scsi-", "sd"),
+    ("usb-", "sd"),
+    ("ide-", "hd"),
+    ("nvme", "nvme"),
+    ("floppy", "fd"),
+)
+
+
+class Disk(Frozen):
+    """One device with a medium, or with a slot for one."""
+
+    target: str
+    """libvirt's kind of name: "vda" for the first virtio disk, "hda", "sda" ..."""
+    device: str
+    qdev: str | None
+    node: str
+    """The node the device uses: the active layer."""
+    format: str
+    filename: str
+    """As QEMU names it; empty if there is no medium."""
+    chain: tuple[FileIdentity, ...]
+    """The images seen from here, active layer first; shorter than `depth` if one is not found."""
+    depth: int
+    virtual_size_bytes: int
+    cluster_size_bytes: int | None
+    extended_l2: bool
+    cache_direct: bool
+    cache_no_flush: bool
+    detect_zeroes: str
+    bitmaps: tuple[BitmapInfo, ...]
+    left_out: str | None
+    """Why snapshots leave it out, if they do."""
+
+    @property
+    def path(self) -> str | None:
+        """The active layer's file, if it could be found from here."""
+        return self.chain[0].path if self.chain else None
+
+    def answers_to(self, word: str) -> bool:
+        """Whether *word* names this disk: target, device, node or a path."""
+        return word in {self.target, self.device, self.qdev, self.node, self.path} - {"", None} or (
+            self.qdev is not None and word in self.qdev.split("/")
+        )
+
+    def info(self) -> DiskInfo:
+        return DiskInfo(
+            target=self.target,
+            node=self.node,
+            format=self.format,
+            path=self.path,
+            virtual_size_bytes=self.virtual_size_bytes,
+            chain_depth=self.depth,
+            left_out=self.left_out,
+        )
+
+
+async def read_disks(session: QmpSession, pid: int) -> tuple[Disk, ...]:
+    """Ask QEMU for its disks, with the files behind them as process *pid* sees them."""
+    devices = await session.execute(QueryBlock())
+    fdsets = await session.execute(QueryFdsets())
+    types = [await _device_type(session, device) for device in devices]
+    named = {fdset.fdset_id: path for fdset in fdsets if (path := _handed_path(fdset))}
+    return tuple(
+        _disk(device, target, pid, named)
+        for device, target in zip(devices, assign_targets(devices, types), strict=True)
+    )
+
+
+async def _device_type(session: QmpSession, device: BlockInfo) -> str:
+    if not device.qdev:
+        return ""
+    path = device.qdev if device.qdev.startswith("/") else f"/machine/peripheral/{device.qdev}"
+    try:
+        return str(await session.execute(QomGet(path=path, property="type")))
+    except CommandRefused:
+        return ""  # unplugged meanwhile, or a device without a QOM object: named by its id
+
+
+def assign_targets(devices: Iterable[BlockInfo], types: Iterable[str]) -> list[str]:
+    """Name the disks as libvirt would, in QEMU's order within each kind of bus."""
+    counts: dict[str, int] = {}
+    targets: list[str] = []
+    for device, device_type in zip(devices, types, strict=True):
+        prefix = next((p for start, p in _TARGET_PREFIXES if device_type.startswith(start)), None)
+        if prefix is None:
+            fallback = device.device or (device.qdev or "").rsplit("/", 1)[-1]
+            targets.append(fallback or f"disk{len(targets)}")
+            continue
+        number = counts.get(prefix, 0)
+        counts[prefix] = number + 1
+        targets.append(prefix + (f"{number}n1" if prefix == "nvme" else _letters(number)))
+    return targets
+
+
+def _letters(number: int) -> str:
+    """0 is "a", 25 "z", 26 "aa"."""
+    letters = ""
+    number += 1
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return letters
+
+
+def _handed_path(fdset: FdsetInfo) -> str | None:
+    """The path that qsnapd noted beside the descriptors when it handed them over."""
+    return next((fd.opaque for fd in fdset.fds if fd.opaque and fd.opaque.startswith("/")), None)
+
+
+def _disk(device: BlockInfo, target: str, pid: int, handed: Mapping[int, str]) -> Disk:
+    node = device.inserted
+    images = _images(node.image) if node else []
+    chain = []
+    for image in images:
+        identity = resolve_image_path(pid, _seen_name(image.filename, handed))
+        if identity is None:
+            break
+        chain.append(identity)
+    specific = (images[0].format_specific or {}) if images else {}
+    return Disk(
+        target=target,
+        device=device.device,
+        qdev=device.qdev,
+        node=node.node_name if node else "",
+        format=node.driver if node else "",
+        filename=node.image.filename if node else "",
+        chain=tuple(chain),
+        depth=len(images),
+        virtual_size_bytes=node.image.virtual_size_bytes if node else 0,
+        cluster_size_bytes=node.image.cluster_size_bytes if node else None,
+        extended_l2=bool(specific.get("data", {}).get("extended-l2", False)),
+        cache_direct=node.cache.direct if node else False,
+        cache_no_flush=node.cache.no_flush if node else False,
+        detect_zeroes=node.detect_zeroes if node else "off",
+        bitmaps=node.dirty_bitmaps if node else (),
+        left_out=_reason_to_leave_out(device, node),
+    )
+
+
+def _images(image: ImageInfo) -> list[ImageInfo]:
+    images = [image]
+    while images[-1].backing_image is not None:
+        images.append(images[-1].backing_image)
+    return images
+
+
+def _seen_name(filename: str, handed: Mapping[int, str]) -> str:
+    filename = plain_name(filename)
+    if filename.startswith(FDSET_PREFIX):
+        return handed.get(int(filename.removeprefix(FDSET_PREFIX)), filename)
+    return filename
+
+
+def plain_name(filename: str) -> str:
+    """The file in QEMU's "json:{...}" form of a name, which it uses when a plain name would
+    not describe the node in full; other names are returned as they are.
+    """
+    if not filename.startswith("json:"):
+        return filename
+    options = json.loads(filename.removeprefix("json:"))
+    while isinstance(options, dict) and "filename" not in options:
+        options = options.get("file")
+    return str(options["filename"]) if isinstance(options, dict) else filename
+
+
+def _reason_to_leave_out(device: BlockInfo, node: NodeInfo | None) -> str | None:
+    if node is None:
+        return "empty"
+    if device.removable:
+        return "removable"
+    if node.read_only:
+        return "read-only"
+    return None

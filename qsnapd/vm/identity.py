@@ -1,0 +1,182 @@
+"""A QEMU process beyond doubt: what it is, which images it means, when it ends. Linux only.
+
+A process is its pid together with its start time: a pid alone may come to mean another.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from qsnapd.errors import SessionLost, VmError
+from qsnapd.model.snapshot import FileIdentity, Process
+from qsnapd.vm.peer import pid_of_peer
+from qsnapd.vm.proc import FileKey, open_files, proc_errors, start_time_ticks, status_of
+
+_ENVIRONMENT = (
+    "DBUS_SESSION_BUS_ADDRESS",
+    "DISPLAY",
+    "GLIBC_TUNABLES",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "PATH",
+    "PULSE_SERVER",
+    "TMPDIR",
+    "TZ",
+    "WAYLAND_DISPLAY",
+)
+_ENVIRONMENT_PREFIXES = ("LD_", "MALLOC_", "QEMU_", "SDL_", "XDG_")
+"""What QEMU and its libraries read. Never all of it: an environment holds secrets."""
+
+_EFFECTIVE = 1
+"""Which of the ids in /proc/PID/status: real, effective, saved, filesystem."""
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """One process, that no later one can be taken for."""
+
+    pid: int
+    start_time_ticks: int
+    """Since the host booted (proc(5), starttime)."""
+    uid: int
+    """Effective."""
+
+
+def peer_of(sock: socket.socket) -> ProcessIdentity:
+    """The process that serves the connected unix socket *sock*.
+
+    Preconditions: it has accepted the connection, e.g. QEMU's greeting has been read.
+    Raises:
+      SessionLost: the process has ended.
+      VmError: it cannot be seen, or not told from others.
+    """
+    return identify(pid_of_peer(sock))
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """The process that has *pid* now. Raises: SessionLost: none has."""
+    began = start_time_ticks(pid)
+    status = status_of(pid)
+    if status["State"][0] in "ZX":  # ended; only its parent has not taken notice yet
+        raise SessionLost(f"QEMU, process {pid}, has ended")
+    return ProcessIdentity(
+        pid=pid, start_time_ticks=began, uid=int(status["Uid"].split()[_EFFECTIVE])
+    )
+
+
+def ensure_same(identity: ProcessIdentity) -> None:
+    """Raise SessionLost if the pid has come to mean another process, or none."""
+    if identify(identity.pid).start_time_ticks != identity.start_time_ticks:
+        raise SessionLost(f"QEMU, process {identity.pid}, has ended")
+
+
+def read_process(identity: ProcessIdentity) -> Process:
+    """All that it takes to start the process again.
+
+    Raises:
+      SessionLost: it has ended.
+      VmError: it is not ours to look into, or its words are not text.
+    """
+    place = Path(f"/proc/{identity.pid}")
+    status = status_of(identity.pid)
+    with proc_errors(identity.pid):
+        process = Process(
+            exe=str((place / "exe").readlink()),
+            argv=_words((place / "cmdline").read_bytes()),
+            cwd=str((place / "cwd").readlink()),
+            uid=int(status["Uid"].split()[_EFFECTIVE]),
+            gid=int(status["Gid"].split()[_EFFECTIVE]),
+            groups=tuple(int(group) for group in status["Groups"].split()),
+            environment=tuple(_worth_keeping((place / "environ").read_bytes())),
+        )
+    ensure_same(identity)
+    return process
+
+
+def open_pidfd(identity: ProcessIdentity) -> int:
+    """A descriptor that means this very process for ever; the caller closes it.
+
+    Raises: SessionLost: it has ended.
+    """
+    with proc_errors(identity.pid):
+        pidfd = os.pidfd_open(identity.pid)
+    try:
+        ensure_same(identity)  # the pid may have been given away before pidfd_open
+    except BaseException:
+        os.close(pidfd)
+        raise
+    return pidfd
+
+
+async def wait_exit(pidfd: int) -> None:
+    """Return once the process has ended, whoever its parent is."""
+    await trio.lowlevel.wait_readable(pidfd)
+
+
+def key_of(path: str) -> FileKey | None:
+    """Device and inode of what *path* leads to; None if that is nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def resolve_image_path(pid: int, name: str) -> FileIdentity | None:
+    """The file that QEMU, process *pid*, means by *name*, if it can be reached from here.
+
+    QEMU repeats names as they were given: relative to where it was started, or to a root
+    it has since changed. A file counts only if the process has it open; so a file that was
+    later put under the same name is never taken for it.
+
+    Raises: SessionLost, VmError: the process is gone, or not ours to look into.
+    """
+    name = os.path.normpath(_plain(name))
+    files = open_files(pid)
+    with proc_errors(pid):
+        root, cwd = os.readlink(f"/proc/{pid}/root"), os.readlink(f"/proc/{pid}/cwd")
+    for candidate in (os.path.join(cwd, name), os.path.normpath(f"{root}/{name}")):
+        key = key_of(candidate)
+        if key in files:
+            # The kernel's name has no symbolic link in it that could be turned elsewhere.
+            return _reachable(files[key], key) or _reachable(candidate, key)
+    # A relative name after -daemonize has changed to "/": only the end of the path is known.
+    tail = f"/{name.lstrip('/')}"
+    found = [_reachable(path, key) for key, path in files.items() if path.endswith(tail)]
+    return found[0] if len(found) == 1 else None
+
+
+def _reachable(path: str, key: FileKey) -> FileIdentity | None:
+    if key_of(path) != key:
+        return None
+    return FileIdentity(path=path, device=key[0], inode=key[1])
+
+
+def _plain(name: str) -> str:
+    """The file's name within the JSON that QEMU makes of a node no plain name describes."""
+    if not name.startswith("json:"):
+        return name
+    node = json.loads(name.removeprefix("json:"))
+    while isinstance(node, dict) and "filename" not in node:
+        node = node.get("file")
+    return str(node["filename"]) if isinstance(node, dict) else name
+
+
+def _words(text: bytes) -> tuple[str, ...]:
+    try:
+        return tuple(text.decode().removesuffix("\0").split("\0"))
+    except UnicodeDecodeError as exc:
+        raise VmError(f"QEMU's command line is not UTF-8: {exc}") from None
+
+
+def _worth_keeping(environ: bytes) -> Iterator[tuple[str, str]]:
+    for entry in environ.decode(errors="replace").split("\0"):
+        name, equals, value = entry.partition("=")
+        if equals and (name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)):
+            yield name, value

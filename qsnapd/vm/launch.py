@@ -1,0 +1,194 @@
+"""The command line that starts a VM again, on other disks and waiting for its memory.
+
+Pure: nothing is started and no file is touched; the caller says which file a name means.
+What cannot be started again the same way is refused here, before anything is ended.
+"""
+
+import os.path
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qsnapd.errors import Blocked
+from qsnapd.model.snapshot import FileIdentity, Machine, Process
+from qsnapd.vm.argv import Fields, Option, parse_options, words_of
+from qsnapd.vm.descriptors import refuse_descriptors
+from qsnapd.vm.disk_options import DiskOptions, Mention
+
+Identify = Callable[[str], tuple[int, int] | None]
+"""Device and inode of what an absolute path leads to now, e.g. `vm.identity.key_of`."""
+
+DELETED = " (deleted)"
+"""What Linux appends to the name of a program whose file is gone."""
+
+_WAITING = (Option("incoming", "defer"), Option("S"))
+_REPLACED = frozenset({"incoming", "loadvm", "S"})
+_REFUSED = {
+    "snapshot": "all disk writes of this VM are thrown away when it ends",
+    "preconfig": "a VM that is configured over QMP before it starts cannot be started again",
+}
+
+
+@dataclass(frozen=True)
+class MovedDisk:
+    """A disk that is to be found on a new image."""
+
+    target: str
+    chain: tuple[FileIdentity, ...]
+    """Its recorded images, newest first: the command line names one of them."""
+    overlay: str
+    """Absolute path of the qcow2 file to use instead."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What to execute, ready for `subprocess`: the program's file, its words, where it starts."""
+
+    executable: str
+    argv: tuple[str, ...]
+    """With the name it was called by in front."""
+    cwd: str
+
+    @property
+    def command_line(self) -> str:
+        """For people: quoted for a shell."""
+        return shlex.join([self.executable, *self.argv[1:]])
+
+
+def plan_launch(
+    process: Process, machine: Machine, disks: Sequence[MovedDisk], *, identify: Identify
+) -> LaunchPlan:
+    """Compute how to start *process* again with *disks* on their overlays.
+
+    QEMU then waits for `migrate-incoming`, with the machine type as it was resolved, and
+    stays stopped after the load. Everything else is as recorded: sockets, names, log files.
+
+    Raises: Blocked: it cannot be done the same way; says which disk or option, and why.
+    """
+    options = parse_options(process.argv[1:])
+    for option in options:
+        _refuse(option)
+    options = [option for option in options if option.name not in _REPLACED]
+    cwd = process.cwd
+    disk_options = DiskOptions(options)
+    for disk, found in _find(disks, list(disk_options.mentions()), process, identify).items():
+        disk_options.replace(found.mention, disk.overlay)
+        cwd = found.cwd or cwd
+    return LaunchPlan(
+        executable=_executable(process.exe, identify),
+        argv=(
+            process.argv[0],
+            *words_of([*_pin_machine(disk_options.options(), machine.type), *_WAITING]),
+        ),
+        cwd=cwd,
+    )
+
+
+def _refuse(option: Option) -> None:
+    if option.name in _REFUSED:
+        raise Blocked(f"{option}: {_REFUSED[option.name]}")
+    if option.name == "set" and (option.value or "").startswith("drive."):
+        raise Blocked(f"{option}: write this into the -drive itself, qsnapd changes only that")
+    refuse_descriptors(option)
+
+
+def _executable(exe: str, identify: Identify) -> str:
+    """The program's file; after an upgrade of its package, the one now in its place.
+
+    A newer QEMU loads what an older one saved, given the same machine type.
+    """
+    path = exe.removesuffix(DELETED)
+    if identify(path) is None:
+        raise Blocked(f"the QEMU that this VM ran on, {path}, is no longer there: install it again")
+    return path
+
+
+def _pin_machine(options: Sequence[Option], machine_type: str) -> Iterator[Option]:
+    """Replace aliases like "pc", which mean another machine in the next QEMU."""
+    pinned = False
+    for option in options:
+        if option.name not in ("machine", "M"):
+            yield option
+            continue
+        fields = Fields.parse(option.value or "", first_key="type")
+        if "type" in fields:
+            fields["type"] = machine_type
+            pinned = True
+        yield Option(option.name, str(fields), option.dashes)
+    if not pinned:
+        yield Option("machine", f"type={machine_type}")
+
+
+@dataclass(frozen=True)
+class _Found:
+    mention: Mention
+    rank: int
+    """How far down the disk's chain the named image is."""
+    cwd: str | None = None
+    """Where QEMU must have been started for the name to mean that image."""
+
+
+def _find(
+    disks: Sequence[MovedDisk], mentions: Sequence[Mention], process: Process, identify: Identify
+) -> dict[MovedDisk, _Found]:
+    """For each disk the one mention of its newest image."""
+    found: dict[MovedDisk, _Found] = {}
+    for disk in disks:
+        matches = [
+            match
+            for mention in mentions
+            if (match := _match(mention, disk.chain, process, identify)) is not None
+        ]
+        newest = min((match.rank for match in matches), default=0)
+        best = [match for match in matches if match.rank == newest]
+        if not best:
+            raise Blocked(_not_found(disk, process))
+        if len(best) > 1:
+            raise Blocked(
+                f"disk {disk.target}: the command line names its image "
+                f"{best[0].mention.filename} more than once, so it is unclear which is the disk"
+            )
+        for other, taken in found.items():
+            if taken.mention == best[0].mention:
+                raise Blocked(
+                    f"disks {other.target} and {disk.target} both seem to be "
+                    f"{best[0].mention.filename} on the command line"
+                )
+        found[disk] = best[0]
+    return found
+
+
+def _match(
+    mention: Mention, chain: Sequence[FileIdentity], process: Process, identify: Identify
+) -> _Found | None:
+    name = os.path.normpath(mention.filename)
+    path = os.path.normpath(os.path.join(process.cwd, name))
+    meant = identify(path)
+    for rank, link in enumerate(chain):
+        # Device numbers can change with a reboot: what the recorded path leads to now counts.
+        if path == link.path or (
+            meant is not None and meant == (identify(link.path) or (link.device, link.inode))
+        ):
+            return _Found(mention, rank)
+    if meant is None and not os.path.isabs(name) and _daemonized(process):
+        # -daemonize moves to "/", and a relative name no longer tells where it began.
+        for rank, link in enumerate(chain):
+            if link.path.endswith(f"/{name}"):
+                return _Found(mention, rank, cwd=link.path.removesuffix(name).rstrip("/") or "/")
+    return None
+
+
+def _daemonized(process: Process) -> bool:
+    return any(option.name == "daemonize" for option in parse_options(process.argv[1:]))
+
+
+def _not_found(disk: MovedDisk, process: Process) -> str:
+    image = disk.chain[-1].path if disk.chain else "unknown"
+    hint = "it was plugged in later, or handed over as a descriptor"
+    if any(option.name == "readconfig" for option in parse_options(process.argv[1:])):
+        hint = "it may be in the file given to -readconfig, which qsnapd does not read"
+    return (
+        f"disk {disk.target}: QEMU's command line names none of its images (the oldest is "
+        f"{image}); {hint}. Start the VM with this disk as -blockdev or -drive to be able to "
+        "put it back"
+    )

@@ -1,0 +1,86 @@
+"""What /proc tells about one process. Linux only.
+
+Reading it never waits, so these functions are plain ones.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qsnapd.errors import SessionLost, VmError
+
+_START_TIME_FIELD = 22
+"""Of /proc/PID/stat, counted from 1 as proc(5) does."""
+
+FileKey = tuple[int, int]
+"""Device and inode."""
+
+
+@contextmanager
+def proc_errors(pid: int) -> Iterator[None]:
+    """Turn what reading /proc/PID can raise into SessionLost and VmError."""
+    try:
+        yield
+    except (FileNotFoundError, ProcessLookupError) as exc:
+        raise SessionLost(f"QEMU, process {pid}, has ended") from exc
+    except PermissionError as exc:
+        raise VmError(
+            f"qsnapd may not look into QEMU's process {pid}: let it run as root, or as the "
+            "user that QEMU runs as"
+        ) from exc
+
+
+def start_time_ticks(pid: int) -> int:
+    """When the process began, since the host booted. Raises: SessionLost: there is none."""
+    with proc_errors(pid):
+        # Field 2, the name, is in parentheses and may hold anything, ")" included.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return int(fields[_START_TIME_FIELD - 3])
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """The lines of /proc/PID/status by their names. Raises: SessionLost: it is gone."""
+    with proc_errors(pid):
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def open_files(pid: int) -> dict[FileKey, str]:
+    """The regular files and block devices that a process has open, with their names.
+
+    The names are the kernel's, of this moment: absolute, without symbolic links, and with
+    " (deleted)" behind those that lead nowhere any more.
+
+    Raises: SessionLost, VmError: the process is gone, or not ours to look into.
+    """
+    found = {}
+    with proc_errors(pid):
+        links = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+    for link in links:
+        try:
+            status, name = os.stat(link), os.readlink(link)
+        except OSError:
+            continue  # closed meanwhile
+        if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            found[status.st_dev, status.st_ino] = name
+    return found
+
+
+def open_sockets(pid: int) -> frozenset[int]:
+    """Inodes of the sockets that a process has open.
+
+    Raises: SessionLost, VmError: the process is gone, or not ours to look into.
+    """
+    inodes = set()
+    with proc_errors(pid):
+        links = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+    for link in links:
+        try:
+            kind, _, inode = os.readlink(link).partition(":")
+        except OSError:
+            continue  # closed meanwhile
+        if kind == "socket":
+            inodes.add(int(inode[1:-1]))
+    return frozenset(inodes)
