@@ -1,0 +1,72 @@
+"""What the slots guest (slots.c) says on its serial port, read and judged."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The guest has found its disks and begins."""
+
+    disks: int
+    slots_per_disk: int
+    pages: int
+
+
+@dataclass(frozen=True)
+class Okay:
+    """One sign of life, about twice a second of guest time."""
+
+    uptime_ms: int
+    """By the guest's clock, which stands while the guest does."""
+    disk_writes: int
+    generation: int
+    """Complete walks over the memory that is dirtied."""
+    rounds: int
+    """Complete walks over all slots, of the disk that has had the fewest."""
+
+
+@dataclass(frozen=True)
+class SlotsReport:
+    """All that the guest has said."""
+
+    ready: Ready | None
+    ok_lines: tuple[Okay, ...]
+    bad_lines: tuple[str, ...]
+    """Complaints: LOST, FUTURE, TORN and ERROR, and the kernel's own."""
+
+    @property
+    def fine(self) -> bool:
+        return bool(self.ok_lines) and not self.bad_lines
+
+
+_COMPLAINT = re.compile(
+    r"^(LOST|FUTURE|TORN|ERROR) |Kernel panic|Oops|Out of memory|I/O error|blocked for more than"
+)
+
+
+def is_complaint(line: str) -> bool:
+    """Does *line* say that something is wrong?"""
+    return _COMPLAINT.search(line) is not None
+
+
+def parse_okay(line: str) -> Okay | None:
+    """Return what an OK line says, or None if *line* is not one."""
+    found = re.fullmatch(r"OK (\d+) (\d+) (\d+) (\d+)", line.strip())
+    return Okay(*map(int, found.groups())) if found else None
+
+
+def read_serial(lines: Iterable[str]) -> SlotsReport:
+    """Judge the *lines* of the guest's serial port; those of firmware and kernel are skipped."""
+    ready: Ready | None = None
+    ok_lines: list[Okay] = []
+    bad_lines: list[str] = []
+    for line in lines:
+        if found := re.fullmatch(r"READY (\d+) (\d+) (\d+)", line.strip()):
+            ready = Ready(*map(int, found.groups()))
+        elif okay := parse_okay(line):
+            ok_lines.append(okay)
+        elif is_complaint(line):
+            bad_lines.append(line)
+    return SlotsReport(ready, tuple(ok_lines), tuple(bad_lines))

@@ -1,0 +1,121 @@
+"""Debian packages without installing them: a private apt that unpacks into a folder.
+
+It asks the machine's own apt configuration where Debian's archive is and with what to
+reach it, but keeps lists and downloads in a folder of its own, so that it needs no root
+and changes nothing of the system.
+"""
+
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+RELEASE = "bookworm"
+BACKPORTS = f"{RELEASE}-backports"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+DPKG_STATUS = Path("/var/lib/dpkg/status")
+
+
+class CannotFetch(Exception):
+    """A package cannot be had; the message says why."""
+
+
+class PrivateApt:
+    """An apt of our own in *folder*, for Debian's release and its backports.
+
+    The folder is this object's own: it is created, and `close` removes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("state/lists/partial", "cache"):
+            (folder / name).mkdir(parents=True)
+        # apt locks the folder of the status file, so it has to be a copy
+        shutil.copy(DPKG_STATUS, folder / "state" / "status")
+        (folder / "sources.list").write_text(_sources())
+        self._run("apt-get", "--quiet=2", "update")
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder)
+
+    def unpack_with_dependencies(
+        self, packages: Sequence[str], into: Path, *, backports: bool = False
+    ) -> None:
+        """Unpack *packages*, and whatever they need that is not installed here."""
+        debs = self._folder / "debs"
+        (debs / "partial").mkdir(parents=True)
+        self._run(
+            *("apt-get", "--quiet=2", "--yes", "-o", f"Dir::Cache::archives={debs}"),
+            *("install", "--download-only", "--reinstall", "--no-install-recommends"),
+            *(("--target-release", BACKPORTS) if backports else ()),
+            *packages,
+        )
+        self._unpack_all(debs, into)
+
+    def unpack_alone(self, packages: Sequence[str], into: Path) -> None:
+        """Unpack *packages* of the release, but none of their dependencies."""
+        debs = self._folder / "debs"
+        debs.mkdir()
+        self._run("apt-get", "--quiet=2", "download", *packages, cwd=debs)
+        self._unpack_all(debs, into)
+
+    def dependencies(self, package: str) -> list[str]:
+        """Return the names of the packages that *package* depends on, directly."""
+        answer = self._run("apt-cache", "depends", package)
+        return re.findall(r"^\s*Depends: ([\w.+-]+)", answer, re.MULTILINE)
+
+    def _unpack_all(self, debs: Path, into: Path) -> None:
+        into.mkdir(parents=True, exist_ok=True)
+        for deb in sorted(debs.glob("*.deb")):
+            run("dpkg-deb", "--extract", str(deb), str(into))
+        shutil.rmtree(debs)
+
+    def _run(self, program: str, *arguments: str, cwd: Path | None = None) -> str:
+        options = {
+            "Dir::State": self._folder / "state",
+            "Dir::State::status": self._folder / "state" / "status",
+            "Dir::Cache": self._folder / "cache",
+            "Dir::Etc::sourcelist": self._folder / "sources.list",
+            "Dir::Etc::sourceparts": "-",
+            "Acquire::Languages": "none",
+            # as root, apt would download as a user who may not write here
+            "APT::Sandbox::User": "root",
+        }
+        settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        return run(program, *settings, *arguments, cwd=cwd)
+
+
+def multiarch() -> str:
+    """Return the name of the folder Debian keeps this machine's libraries in."""
+    return f"{platform.machine()}-linux-gnu"
+
+
+def run(*argv: str, cwd: Path | None = None) -> str:
+    """Run a program and return what it printed.
+
+    Raises:
+      CannotFetch: it failed; the message has its last words.
+    """
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotFetch(f"{argv[0]} failed ({' '.join(argv)}):\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def _sources() -> str:
+    """Return this machine's own sources of Debian's release, and its backports with them."""
+    answer = run("apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)")
+    targets = {tuple(line.split(maxsplit=2)) for line in answer.splitlines()}
+    uris = {suite: uri for suite, component, uri in sorted(targets) if component == "main"}
+    if RELEASE not in uris:
+        raise CannotFetch(
+            f"apt on this machine has no source for Debian {RELEASE} (main): "
+            "the parts for the tests come from there"
+        )
+    suites = {suite: uri for suite, uri in uris.items() if suite.split("-")[0] == RELEASE}
+    suites[BACKPORTS] = uris[RELEASE]
+    signed_by = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
+    return "".join(f"deb {signed_by}{uri} {suite} main\n" for suite, uri in suites.items())

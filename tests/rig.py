@@ -1,0 +1,56 @@
+"""qsnapd's own host around real VMs, in the test's process: everything but the socket."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from qsnapd.daemon.events import EventHub
+from qsnapd.daemon.host import LocalHost
+from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.snapshot import Manifest
+from qsnapd.store.layout import Store
+from tests.harness import Vm
+from tests.parts import Qemu
+
+ATTACH_LIMIT_S = 20.0
+
+
+class Rig:
+    """A host while `open_rig` holds it."""
+
+    def __init__(self, host: LocalHost, supervisors: Mapping[str, Supervisor]) -> None:
+        self.host = host
+        self.supervisors = supervisors
+
+    async def create(self, vm: str, request: CreateRequest) -> Manifest:
+        """Take a checkpoint and wait for it."""
+        return await (await self.host.create(vm, request)).wait()
+
+    async def revert(self, vm: str, request: RevertRequest) -> Manifest:
+        return await (await self.host.revert(vm, request)).wait()
+
+
+@asynccontextmanager
+async def open_rig(qemu: Qemu, state_dir: Path, **vms: Vm) -> AsyncIterator[Rig]:
+    """Attach to *vms* by name, and hold on to them for the block."""
+    events = EventHub()
+    with Store(state_dir) as store:
+        supervisors = {
+            name: Supervisor(
+                name, vm.qmp, store.vm(name), events.publish, qemu_img=str(qemu.img)
+            )
+            for name, vm in vms.items()
+        }
+        async with trio.open_nursery() as watching:
+            for supervisor in supervisors.values():
+                watching.start_soon(supervisor.run)
+            with trio.fail_after(ATTACH_LIMIT_S):
+                for supervisor in supervisors.values():
+                    await supervisor.wait_attached()
+            async with trio.open_nursery() as jobs:
+                host = LocalHost(supervisors, events, jobs, qemu_img=str(qemu.img))
+                yield Rig(host, supervisors)
+            watching.cancel_scope.cancel()

@@ -1,0 +1,274 @@
+"""A `Host` that lives in memory, and a server for it on a real unix socket."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+import trio
+
+from qsnapd.control.authorization import Access
+from qsnapd.control.listening import open_listener
+from qsnapd.control.server import Server
+from qsnapd.errors import (
+    Effect,
+    JobCancelled,
+    SnapshotExists,
+    UnknownSnapshot,
+    UnknownVm,
+    VmBusy,
+    WrongState,
+)
+from qsnapd.model.event import Event, EventKind
+from qsnapd.model.job import JobInfo, JobKind, Phase
+from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.snapshot import (
+    DiskLayer,
+    ImageFormat,
+    Machine,
+    Manifest,
+    MemoryImage,
+    Process,
+    Strategy,
+)
+from qsnapd.model.state import Condition
+from qsnapd.model.vm import DiskInfo, VmInfo
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+GIB = 1 << 30
+
+
+def manifest(name: str, parent: str | None = None, *, minute: int = 0) -> Manifest:
+    return Manifest(
+        name=name,
+        vm="vm1",
+        parent=parent,
+        created_at=NOW.replace(minute=minute),
+        state="running",
+        reason="RUNNING_BOOTED",
+        strategy=Strategy.BACKGROUND,
+        image_format=ImageFormat.MAPPED_RAM,
+        paused_ms=12.5,
+        total_ms=800.0,
+        memory=MemoryImage(path="/s/memory.img", size_bytes=GIB, allocated_bytes=4096),
+        disks=(
+            DiskLayer(
+                target="vda",
+                node="disk0",
+                frozen="/d/base.qcow2",
+                frozen_format="qcow2",
+                overlay="/d/base.after-s1.qcow2",
+                virtual_size_bytes=GIB,
+                chain=(),
+            ),
+        ),
+        qemu_version="10.0.2",
+        machine=Machine(
+            type="pc-q35-10.0",
+            ram_bytes=GIB,
+            process=Process(exe="/usr/bin/qemu", argv=("qemu",), cwd="/", uid=0, gid=0),
+        ),
+    )
+
+
+class FakeJob:
+    """Moves only when the test says so."""
+
+    def __init__(self, host: "FakeHost", kind: JobKind, result: Manifest) -> None:
+        self._host = host
+        self._result = result
+        self._moved = trio.Event()
+        self.error: JobCancelled | WrongState | None = None
+        self._info = JobInfo(
+            id=7,
+            vm=result.vm,
+            kind=kind,
+            snapshot=result.name,
+            phase=Phase.PREPARING,
+            started_at=NOW,
+            elapsed_ms=0.0,
+            percent=0.0,
+            done_bytes=0,
+            total_bytes=GIB,
+            rate_bytes_per_s=0.0,
+            left_s=None,
+        )
+
+    def info(self) -> JobInfo:
+        return self._info
+
+    async def changed(self, since: JobInfo) -> JobInfo:
+        while self._info == since and not since.phase.ended:
+            await self._moved.wait()
+        return self._info
+
+    async def wait(self) -> Manifest:
+        while not self._info.phase.ended:
+            await self._moved.wait()
+        if self.error is not None:
+            raise self.error
+        return self._result
+
+    def move(self, phase: Phase, done_bytes: int = 0) -> None:
+        update = {"phase": phase, "done_bytes": done_bytes, "percent": 100 * done_bytes / GIB}
+        self._info = self._info.model_copy(update=update)
+        if phase is Phase.DONE:
+            self._host.manifests[self._result.name] = self._result
+            self._host.current_name = self._result.name
+        if phase.ended:
+            self._host.running, self._host.ended = None, self
+        self._moved.set()
+        self._moved = trio.Event()
+
+    def cancel(self) -> None:
+        self.error = JobCancelled("cancelled, and undone", effect=Effect.ROLLED_BACK)
+        self.move(Phase.CANCELLED)
+
+
+class FakeHost:
+    """Two VMs, of which vm1 runs; jobs end by themselves if `hurry` is set."""
+
+    def __init__(self) -> None:
+        self.hurry = True
+        self.condition = Condition.RUNNING_BOOTED
+        self.manifests = {m.name: m for m in (manifest("s1"), manifest("s2", "s1", minute=1))}
+        self.current_name: str | None = "s2"
+        self.running: FakeJob | None = None
+        self.ended: FakeJob | None = None
+        self.requests: list[CreateRequest | RevertRequest] = []
+        self.started = trio.Event()
+        self.subscribed = trio.Event()
+        self._subscribers: set[trio.MemorySendChannel[Event]] = set()
+
+    def vms(self) -> tuple[VmInfo, ...]:
+        return (self._info("vm1", self.condition), self._info("vm2", Condition.SHUTOFF_SHUTDOWN))
+
+    def vm(self, name: str) -> VmInfo:
+        for info in self.vms():
+            if info.name == name:
+                return info
+        raise UnknownVm(f"there is no VM {name!r}")
+
+    async def disks(self, name: str) -> tuple[DiskInfo, ...]:
+        self.vm(name)
+        disk = DiskInfo(
+            target="vda",
+            node="disk0",
+            format="qcow2",
+            path="/d/base.qcow2",
+            virtual_size_bytes=GIB,
+            chain_depth=1,
+        )
+        return (disk,)
+
+    async def suspend(self, name: str) -> None:
+        self.vm(name)
+        self.condition = Condition.PAUSED_USER
+        self.publish("Suspended", "Paused")
+
+    async def resume(self, name: str) -> None:
+        self.vm(name)
+        self.condition = Condition.RUNNING_UNPAUSED
+        self.publish("Resumed", "Unpaused")
+
+    async def create(self, name: str, request: CreateRequest) -> FakeJob:
+        if request.name in self.manifests:
+            raise SnapshotExists(f"VM {name} has a snapshot {request.name!r} already")
+        result = manifest(request.name or "auto", self.current_name, minute=2)
+        return self._start(name, JobKind.CREATE, request, result)
+
+    async def revert(self, name: str, request: RevertRequest) -> FakeJob:
+        if request.name not in self.manifests:
+            raise UnknownSnapshot(f"VM {name} has no snapshot {request.name!r}")
+        return self._start(name, JobKind.REVERT, request, self.manifests[request.name])
+
+    def job(self, name: str) -> JobInfo | None:
+        self.vm(name)
+        return self.running.info() if self.running else None
+
+    def last_job(self, name: str) -> JobInfo | None:
+        self.vm(name)
+        return self.ended.info() if self.ended else None
+
+    def abort(self, name: str) -> None:
+        if self.running is None:
+            raise WrongState(f"no job runs on VM {name}")
+        self.running.cancel()
+
+    def snapshots(self, name: str) -> tuple[Manifest, ...]:
+        self.vm(name)
+        return tuple(self.manifests.values()) if name == "vm1" else ()
+
+    def current(self, name: str) -> str | None:
+        return self.current_name if name == "vm1" else None
+
+    @contextmanager
+    def subscribe(self) -> Iterator[trio.MemoryReceiveChannel[Event]]:
+        send, receive = trio.open_memory_channel[Event](16)
+        self._subscribers.add(send)
+        self.subscribed.set()
+        try:
+            with send, receive:
+                yield receive
+        finally:
+            self._subscribers.discard(send)
+
+    def publish(self, event: str, detail: str) -> None:
+        happened = Event(kind=EventKind.LIFECYCLE, vm="vm1", at=NOW, event=event, detail=detail)
+        for subscriber in self._subscribers:
+            subscriber.send_nowait(happened)
+
+    @property
+    def listeners(self) -> int:
+        return len(self._subscribers)
+
+    def _start(
+        self, name: str, kind: JobKind, request: CreateRequest | RevertRequest, result: Manifest
+    ) -> FakeJob:
+        self.vm(name)
+        if self.running is not None:
+            raise VmBusy(f"VM {name} is busy")
+        self.requests.append(request)
+        job = self.running = FakeJob(self, kind, result)
+        self.started.set()
+        if self.hurry:
+            job.move(Phase.DONE)
+        return job
+
+    def _info(self, name: str, condition: Condition) -> VmInfo:
+        return VmInfo(
+            name=name,
+            state=condition.state.text,
+            state_number=condition.state,
+            reason=condition.reason_text,
+            reason_number=condition.reason_number,
+            connected=condition.state.name != "SHUTOFF",
+            qmp=f"/run/{name}.qmp",
+            pid=1234 if name == "vm1" else None,
+            ram_bytes=GIB,
+            snapshots=len(self.manifests) if name == "vm1" else 0,
+            current_snapshot=self.current(name),
+        )
+
+
+class Served:
+    """A server, and the host behind it."""
+
+    def __init__(self, path: Path, host: FakeHost) -> None:
+        self.path = path
+        self.host = host
+
+    async def connect(self) -> trio.SocketStream:
+        return await trio.open_unix_socket(self.path)
+
+    @classmethod
+    @asynccontextmanager
+    async def at(cls, directory: Path, access: Access | None = None) -> AsyncIterator[Self]:
+        """Serve a new FakeHost below *directory* until the block ends."""
+        path, host, access = directory / "io.qsnapd", FakeHost(), access or Access()
+        listener = open_listener(path, access)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, Server(host, access).handle, [listener])
+            yield cls(path, host)
+            nursery.cancel_scope.cancel()

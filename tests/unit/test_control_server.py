@@ -1,0 +1,299 @@
+"""The server on a real unix socket: what it answers, and whom it does not let hurt others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from qsnapd.control import server as server_module
+from qsnapd.control.authorization import Access, Role
+from qsnapd.control.wire import MAX_REQUEST_BYTES, PeerGone, Wire
+from qsnapd.errors import ControlError, StoreFull
+from qsnapd.model.job import Phase
+from qsnapd.model.request import CreateRequest
+from qsnapd.model.snapshot import Manifest
+from tests.unit.control_host import GIB, Served
+
+
+async def receive(stream: trio.SocketStream) -> dict[str, Any]:
+    """Read one reply; the tests never have two under way unless they say so."""
+    frame = bytearray()
+    while not frame.endswith(b"\0"):
+        chunk = await stream.receive_some(1)
+        assert chunk, "the server closed the connection instead of answering"
+        frame += chunk
+    message: dict[str, Any] = json.loads(frame[:-1])
+    return message
+
+
+async def send(stream: trio.SocketStream, method: str, **rest: Any) -> None:
+    interface = "" if "." in method else "io.qsnapd."
+    await stream.send_all(json.dumps({"method": interface + method, **rest}).encode() + b"\0")
+
+
+async def ask(stream: trio.SocketStream, method: str, **parameters: Any) -> dict[str, Any]:
+    await send(stream, method, parameters=parameters)
+    return await receive(stream)
+
+
+async def test_answers_in_order_also_when_asked_all_at_once(tmp_path: Path) -> None:
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        await send(stream, "GetVm", parameters={"vm": "vm2"})
+        await send(stream, "GetVm", parameters={"vm": "vm1"}, more=True)
+        await send(stream, "GetCurrentSnapshot", parameters={"vm": "vm2"})
+        assert (await receive(stream))["parameters"]["vm"]["name"] == "vm2"
+        assert (await receive(stream))["parameters"]["vm"]["name"] == "vm1"
+        assert (await receive(stream))["parameters"] == {"snapshot": None}
+
+
+async def test_a_snapshot_is_its_manifest_and_its_place_in_the_tree(tmp_path: Path) -> None:
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        reply = await ask(stream, "ListSnapshots", vm="vm1")
+    first, second = reply["parameters"]["snapshots"]
+    assert set(first) == {*Manifest.model_fields, "current", "children", "descendants"}
+    assert (first["name"], first["current"], first["children"]) == ("s1", False, 1)
+    assert (second["name"], second["current"], second["children"]) == ("s2", True, 0)
+
+
+async def test_create_reports_the_job_until_the_snapshot_is_there(tmp_path: Path) -> None:
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        served.host.hurry = False
+        request = {"name": "s3", "live": True, "image_format": None}
+        await send(
+            stream, "CreateSnapshot", parameters={"vm": "vm1", "request": request}, more=True
+        )
+        first = await receive(stream)
+        assert (first["continues"], first["parameters"]["job"]["phase"]) == (True, "preparing")
+        job = served.host.running
+        assert job is not None
+        job.move(Phase.SAVING, GIB // 2)
+        second = await receive(stream)
+        assert second["parameters"]["job"]["percent"] == 50
+        job.move(Phase.DONE, GIB)
+        last = await receive(stream)
+    assert not last.get("continues")
+    assert last["parameters"]["snapshot"]["name"] == "s3"
+    assert served.host.requests == [CreateRequest(name="s3", live=True)]
+
+
+async def test_a_job_outlives_the_client_that_started_it(tmp_path: Path) -> None:
+    async with Served.at(tmp_path) as served:
+        served.host.hurry = False
+        async with await served.connect() as stream:
+            await send(stream, "CreateSnapshot", parameters={"vm": "vm1"}, more=True)
+            await receive(stream)
+        async with await served.connect() as other:
+            reply = await ask(other, "GetJob", vm="vm1")
+            assert reply["parameters"]["job"]["phase"] == "preparing"
+            aborted = await ask(other, "AbortJob", vm="vm1", id=7)
+            assert aborted["parameters"]["job"]["id"] == 7
+            ended = await ask(other, "GetJob", vm="vm1", completed=True)
+            assert ended["parameters"]["job"]["phase"] == "cancelled"
+
+
+async def test_abort_spares_a_job_that_began_since(tmp_path: Path) -> None:
+    async with (
+        Served.at(tmp_path) as served,
+        await served.connect() as starter,
+        await served.connect() as stream,
+    ):
+        served.host.hurry = False
+        await send(starter, "CreateSnapshot", parameters={"vm": "vm1"}, oneway=True)
+        await served.host.started.wait()
+        reply = await ask(stream, "AbortJob", vm="vm1", id=6)
+        assert reply["error"] == "io.qsnapd.WrongState"
+        assert served.host.running is not None
+
+
+async def test_the_error_of_a_job_is_the_last_reply(tmp_path: Path) -> None:
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        served.host.hurry = False
+        await send(stream, "CreateSnapshot", parameters={"vm": "vm1"}, more=True)
+        await receive(stream)
+        served.host.abort("vm1")
+        reply = await receive(stream)
+    assert reply == {
+        "error": "io.qsnapd.JobCancelled",
+        "parameters": {
+            "code": "job-cancelled",
+            "message": "cancelled, and undone",
+            "effect": "rolled-back",
+        },
+    }
+
+
+async def test_errors_carry_their_typed_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(name: str) -> None:
+        raise StoreFull("/s", needed_bytes=10, free_bytes=3)
+
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        monkeypatch.setattr(served.host, "suspend", full)
+        reply = await ask(stream, "Suspend", vm="vm1")
+    assert reply["error"] == "io.qsnapd.StoreFull"
+    assert (reply["parameters"]["needed_bytes"], reply["parameters"]["free_bytes"]) == (10, 3)
+
+
+async def test_subscribe_says_when_it_listens_and_stops_with_the_client(tmp_path: Path) -> None:
+    async with Served.at(tmp_path) as served:
+        async with await served.connect() as stream:
+            await send(stream, "Subscribe", parameters={"vm": "vm1"}, more=True)
+            assert (await receive(stream))["parameters"] == {"event": None}
+            await served.host.suspend("vm1")
+            assert (await receive(stream))["parameters"]["event"]["event"] == "Suspended"
+            assert served.host.listeners == 1
+        while served.host.listeners:
+            await trio.testing.wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "error", "about"),
+    [
+        ("Nonsense", {}, "org.varlink.service.MethodNotFound", "io.qsnapd.Nonsense"),
+        ("io.other.List", {}, "org.varlink.service.InterfaceNotFound", "io.other"),
+        ("org.varlink.service.Nonsense", {}, "org.varlink.service.MethodNotFound", "Nonsense"),
+        ("GetVm", {}, "org.varlink.service.InvalidParameter", "vm"),
+        ("GetVm", {"vm": 5}, "org.varlink.service.InvalidParameter", "vm"),
+        ("GetVm", {"vm": "vm1", "x": 1}, "org.varlink.service.InvalidParameter", "x"),
+        ("GetJob", {"vm": "vm1", "completed": "yes"}, "org.varlink.service.InvalidParameter", "completed"),
+        ("CreateSnapshot", {"vm": "vm1", "request": {"strategy": "magic"}}, "org.varlink.service.InvalidParameter", "request.strategy"),
+        ("CreateSnapshot", {"vm": "vm1", "request": {"name": "a/b"}}, "io.qsnapd.BadRequest", "must not contain '/'"),
+        ("CreateSnapshot", {"vm": "vm1", "request": {"memory_file": "m"}}, "io.qsnapd.BadRequest", "request.memory_file"),
+        ("CreateSnapshot", {"vm": "vm1", "request": {"precopy_limit_s": float("inf")}}, "io.qsnapd.BadRequest", "infinite"),
+        ("CreateSnapshot", {"vm": "vm1", "request": {"name": "s1"}}, "io.qsnapd.SnapshotExists", "s1"),
+        ("GetVm", {"vm": "vm9"}, "io.qsnapd.UnknownVm", "vm9"),
+        ("GetSnapshot", {"vm": "vm1", "name": "s9"}, "io.qsnapd.UnknownSnapshot", "s9"),
+        ("AbortJob", {"vm": "vm1"}, "io.qsnapd.WrongState", "no job"),
+        ("Subscribe", {}, "org.varlink.service.ExpectedMore", ""),
+    ],
+)  # fmt: skip
+async def test_refusals_name_what_is_wrong(
+    tmp_path: Path, method: str, parameters: dict[str, Any], error: str, about: str
+) -> None:
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        reply = await ask(stream, method, **parameters)
+        assert reply["error"] == error
+        assert about in json.dumps(reply["parameters"])
+        assert "parameters" in await ask(stream, "ListVms"), "the connection goes on"
+        assert served.host.requests == []
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"hello\0",
+        b"\0",
+        b"[]\0",
+        b'{"method": 5}\0',
+        b'{"parameters": {}}\0',
+        b"\xff\xfe\0",
+        b'{"method": "io.qsnapd.GetVm", "parameters": {"vm": "\\ud800"\0',
+        b"[" * 100_000 + b"\0",
+        b'{"method": "x", "parameters":' + b'{"a":' * 500 + b"1" + b"}" * 501 + b"\0",
+        b'{"method": "x", "more": ' + b"9" * 5000 + b"}\0",
+        b"x" * (MAX_REQUEST_BYTES + 2),
+    ],
+    ids=lambda garbage: garbage[:20].decode("latin1"),
+)
+async def test_nonsense_gets_an_error_and_a_closed_connection(
+    tmp_path: Path, garbage: bytes
+) -> None:
+    async with Served.at(tmp_path) as served, await served.connect() as bystander:
+        async with await served.connect() as stream:
+            await stream.send_all(garbage)
+            assert (await receive(stream))["error"] == "io.qsnapd.ControlError"
+            assert await stream.receive_some(1) == b""
+        assert "parameters" in await ask(bystander, "ListVms")
+
+
+async def test_a_client_that_leaves_in_the_middle_hurts_nobody(tmp_path: Path) -> None:
+    async with Served.at(tmp_path) as served, await served.connect() as bystander:
+        async with await served.connect() as stream:
+            await stream.send_all(b'{"method": "io.qs')
+        async with await served.connect() as stream:
+            await send(stream, "ListSnapshots", parameters={"vm": "vm1"})
+            # gone before the reply: the server writes into a broken pipe
+        assert "parameters" in await ask(bystander, "ListVms")
+
+
+async def test_a_client_that_does_not_read_is_dropped(autojump_clock: object) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    ours.send_stream.send_all_hook = trio.sleep_forever
+    with pytest.raises(PeerGone):
+        await Wire(ours).send({"parameters": {}})
+
+
+async def test_a_message_has_a_deadline_and_so_has_silence(autojump_clock: object) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await theirs.send_all(b'{"method"')
+    with pytest.raises(ControlError, match="not complete after 10 s"):
+        await Wire(ours).receive()
+    ours, theirs = trio.testing.memory_stream_pair()
+    started = trio.current_time()
+    assert await Wire(ours).receive() is None
+    assert trio.current_time() - started == pytest.approx(300)
+
+
+async def test_a_hundred_connections_of_one_user_leave_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS_PER_USER", 40)
+    async with Served.at(tmp_path) as served:
+        streams = [await served.connect() for _ in range(100)]
+        answers = [await _answer_or_refusal(stream) for stream in streams]
+        assert answers.count("answered") == 40
+        assert answers.count("refused") == 60
+        for stream in streams:
+            await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        async with await served.connect() as stream:
+            assert "parameters" in await ask(stream, "ListVms"), "room again"
+
+
+async def _answer_or_refusal(stream: trio.SocketStream) -> str:
+    try:
+        await send(stream, "ListVms")
+    except trio.BrokenResourceError:
+        pass  # refused already; the reason is there to be read
+    reply = await receive(stream)
+    if reply.get("error") == "io.qsnapd.ControlError":
+        assert "40 connections" in reply["parameters"]["message"]
+        return "refused"
+    return "answered"
+
+
+async def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def buggy(name: str) -> None:
+        raise OSError("nobody expected this")
+
+    with pytest.RaisesGroup(OSError, flatten_subgroups=True, allow_unwrapped=True):
+        async with Served.at(tmp_path) as served, await served.connect() as stream:
+            monkeypatch.setattr(served.host, "suspend", buggy)
+            await send(stream, "Suspend", parameters={"vm": "vm1"}, more=True)
+            await trio.sleep_forever()
+
+
+async def test_only_an_admin_names_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Access, "role", lambda self, peer: Role.OPERATOR)
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        assert "error" not in await ask(stream, "CreateSnapshot", vm="vm1")
+        for request in ({"memory_file": "/x"}, {"disks": [{"target": "vda", "file": "/x"}]}):
+            reply = await ask(stream, "CreateSnapshot", vm="vm1", request=request)
+            assert reply["error"] == "io.qsnapd.AccessDenied"
+    assert len(served.host.requests) == 1
+
+
+async def test_a_reader_looks_and_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Access, "role", lambda self, peer: Role.READER)
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        assert "error" not in await ask(stream, "ListVms")
+        reply = await ask(stream, "Suspend", vm="vm1")
+    assert reply["parameters"]["message"] == (
+        "Suspend is for members of the operator group, and root"
+    )
