@@ -1,0 +1,1 @@
+"""The two commands: `qsnapd`, the daemon, and `qsnapctl`, which speaks virsh's verbs."""

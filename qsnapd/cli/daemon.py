@@ -1,0 +1,77 @@
+"""`qsnapd`: the daemon's command line."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import trio
+
+import qsnapd
+from qsnapd import config
+from qsnapd.errors import QsnapError
+
+_CONFIG = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    default=Path("/etc/qsnapd/qsnapd.toml"),
+    show_default=True,
+    help="The configuration file.",
+)
+
+
+@click.group(no_args_is_help=False)
+@click.version_option(qsnapd.__version__)
+def cli() -> None:
+    """Take external checkpoints of running QEMU VMs, over QMP."""
+
+
+@cli.command()
+@_CONFIG
+def serve(config_file: Path) -> None:
+    """Run in the foreground until SIGTERM; the log goes to stderr."""
+    from qsnapd import daemon
+
+    trio.run(daemon.serve, _configured(config_file))
+
+
+@cli.command()
+@_CONFIG
+@click.option(
+    "--resume-only",
+    is_flag=True,
+    required=True,
+    help="Only let guests run again that a killed daemon left paused.",
+)
+def reconcile(config_file: Path, resume_only: bool) -> None:
+    """Repair what a daemon that was killed left behind; for ExecStopPost=."""
+    from qsnapd import daemon
+
+    trio.run(daemon.reconcile, _configured(config_file))
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 it failed, 2 usage."""
+    try:
+        cli.main(prog_name="qsnapd", standalone_mode=False)
+    except click.UsageError as exc:
+        click.echo(f"qsnapd: {exc.format_message()}", err=True)
+        sys.exit(2)
+    except QsnapError as exc:
+        click.echo(f"qsnapd: {exc}", err=True)
+        sys.exit(1)
+    except click.Abort:
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _configured(file: Path) -> config.Config:
+    settings = config.load(file)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=settings.daemon.log_level.upper(),
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    return settings

@@ -1,0 +1,119 @@
+"""Verbs for running jobs, and how a verb that starts one follows it."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import FrameType
+from typing import Any, Protocol
+
+import click
+
+from qsnapd.cli.arguments import Cli, verb
+from qsnapd.cli.output import print_json, print_labels, size
+from qsnapd.errors import QsnapError
+
+_OPERATIONS = {"create": "Snapshot", "revert": "Snapshot revert"}
+_ENDS = {"done": "Completed", "failed": "Failed", "cancelled": "Cancelled"}
+
+
+def add_to(group: click.Group) -> None:
+    """Add the verbs of this module."""
+
+    @verb(group, "domjobinfo", "domain")
+    @click.option("--completed", is_flag=True, help="The job that ended last.")
+    def domjobinfo(cli: Cli, domain: str, completed: bool) -> None:
+        """Print how far a VM's job has come."""
+        with cli.connect() as client:
+            job = client.call("GetJob", vm=domain, completed=completed)["job"]
+        if cli.json:
+            print_json(job)
+        else:
+            print_labels(_labels(job) if job else {"Job type": "None"}, width=17)
+
+    @verb(group, "domjobabort", "domain")
+    def domjobabort(cli: Cli, domain: str) -> None:
+        """Abort a VM's job; it undoes what it did."""
+        with cli.connect() as client:
+            job = client.call("AbortJob", vm=domain)["job"]
+        if cli.json:
+            print_json(job)
+
+
+class Meter(Protocol):
+    """Shows a job."""
+
+    def show(self, job: dict[str, Any]) -> None: ...
+
+
+def follow(cli: Cli, method: str, vm: str, request: dict[str, object]) -> dict[str, Any]:
+    """Start a job, show its progress on a terminal, and return the snapshot.
+
+    Ctrl-C aborts the job and waits until it is undone; a second one leaves at once.
+    Raises: the QsnapError that ended the job.
+    """
+    snapshot: dict[str, Any] = {}
+    with (
+        cli.connect() as client,
+        _abort_on_interrupt(cli, vm) as running,
+        _meter(cli, request.get("name")) as meter,
+    ):
+        for reply in client.stream(method, vm=vm, request=request):
+            if job := reply["job"]:
+                running["id"] = job["id"]
+                meter.show(job)
+            snapshot = reply["snapshot"] or snapshot
+    return snapshot
+
+
+@contextmanager
+def _abort_on_interrupt(cli: Cli, vm: str) -> Iterator[dict[str, int]]:
+    """Turn Ctrl-C into an abort of the job whose id the block notes."""
+    running: dict[str, int] = {}
+
+    def abort(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if "id" not in running:
+            raise KeyboardInterrupt
+        # Not click.echo(): the interrupted code may be within it. The job may just have ended.
+        os.write(2, b"\naborting the job, undoing what it did (Ctrl-C again: do not wait)\n")
+        with suppress(QsnapError), cli.connect() as client:
+            client.call("AbortJob", vm=vm, id=running["id"])
+
+    previous = signal.signal(signal.SIGINT, abort)
+    try:
+        yield running
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Silent:
+    def show(self, job: dict[str, Any]) -> None:
+        pass
+
+
+def _meter(cli: Cli, name: object) -> AbstractContextManager[Meter]:
+    if cli.json or not sys.stderr.isatty():
+        return nullcontext(_Silent())
+    from qsnapd.cli.progress import Bar  # rich takes a while to import
+
+    return Bar(str(name or "snapshot"))
+
+
+def _labels(job: dict[str, Any]) -> dict[str, object]:
+    left_s = job["left_s"]
+    return {
+        "Job type": _ENDS.get(job["phase"], "Unbounded"),
+        "Operation": _OPERATIONS[job["kind"]],
+        "Snapshot": job["snapshot"],
+        "Phase": job["phase"],
+        "Time elapsed": f"{job['elapsed_ms']:<12.0f} ms",
+        "Time remaining": f"{left_s * 1000:<12.0f} ms" if left_s is not None else None,
+        "Progress": f"{job['percent']:.1f} %",
+        "Data processed": size(job["done_bytes"]),
+        "Data remaining": size(max(0, job["total_bytes"] - job["done_bytes"])),
+        "Data total": size(job["total_bytes"]),
+        "Memory bandwidth": f"{size(job['rate_bytes_per_s'])}/s",
+        "Error": job["error"],
+    }

@@ -1,0 +1,88 @@
+"""What the control socket needs of the daemon below it, and nothing more."""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import trio
+
+from qsnapd.model.event import Event
+from qsnapd.model.job import JobInfo
+from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.snapshot import Manifest
+from qsnapd.model.vm import DiskInfo, VmInfo
+
+
+class Job(Protocol):
+    """A running operation. It belongs to the daemon: whoever waits for it may leave."""
+
+    def info(self) -> JobInfo:
+        """Say how far the job has come; after its end, how it ended."""
+
+    async def changed(self, since: JobInfo) -> JobInfo:
+        """Wait until `info()` differs from *since*, and return it.
+
+        A slow caller misses what lies between: there is no queue. Must return at once,
+        not wait, when the job has already moved on, and always once its phase has ended.
+        """
+
+    async def wait(self) -> Manifest:
+        """Wait for the end: the snapshot that was created or reverted to.
+
+        Cancellation: stops the waiting, never the job.
+        Raises: the QsnapError that ended the job.
+        """
+
+
+class Host(Protocol):
+    """The VMs of one daemon. Every method that takes a name raises UnknownVm."""
+
+    def vms(self) -> tuple[VmInfo, ...]:
+        """Return all configured VMs, by name."""
+
+    def vm(self, name: str) -> VmInfo: ...
+
+    async def disks(self, name: str) -> tuple[DiskInfo, ...]:
+        """Ask QEMU for the VM's disks."""
+
+    async def suspend(self, name: str) -> None:
+        """Pause the guest for the user; a guest already paused is left alone.
+
+        Raises: WrongState, VmBusy, VmError.
+        """
+
+    async def resume(self, name: str) -> None:
+        """Let a paused guest run. Raises: WrongState, VmBusy, VmError."""
+
+    async def create(self, name: str, request: CreateRequest) -> Job:
+        """Check the request and start the job that takes the checkpoint.
+
+        On success: the job runs in the daemon's own nursery.
+        On failure or cancellation: as if never called.
+        Raises: RequestError, CapabilityMissing, StoreError.
+        """
+
+    async def revert(self, name: str, request: RevertRequest) -> Job:
+        """As `create`, for putting the VM back to a snapshot."""
+
+    def job(self, name: str) -> JobInfo | None:
+        """Return the running job, if there is one."""
+
+    def last_job(self, name: str) -> JobInfo | None:
+        """Return the job that ended last, if there was one."""
+
+    def abort(self, name: str) -> None:
+        """Ask the running job to stop and undo; returns before it has.
+
+        Raises: WrongState: no job runs, or it can no longer be stopped.
+        """
+
+    def snapshots(self, name: str) -> tuple[Manifest, ...]: ...
+
+    def current(self, name: str) -> str | None:
+        """Return the name of the snapshot that the VM's present state descends from."""
+
+    def subscribe(self) -> AbstractContextManager[trio.MemoryReceiveChannel[Event]]:
+        """Deliver all events from now until the block ends, through a bounded channel.
+
+        What a slow reader loses is counted in the next event's `lost`.
+        """

@@ -1,0 +1,200 @@
+"""The server's side of one connection: requests in, replies out, in order.
+
+Foreseeable failures are replies. Anything else is a bug and leaves the nursery.
+"""
+
+import json
+import logging
+from collections import Counter
+from typing import Never
+
+import trio
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import qsnapd
+from qsnapd.control import interface
+from qsnapd.control.authorization import Access, Peer, Role, require
+from qsnapd.control.host import Host
+from qsnapd.control.methods import METHODS, Method
+from qsnapd.control.wire import Message, PeerGone, Wire
+from qsnapd.errors import BadRequest, ControlError, QsnapError
+from qsnapd.model.base import Frozen
+
+MAX_CONNECTIONS = 256
+MAX_CONNECTIONS_PER_USER = 64
+
+log = logging.getLogger(__name__)
+
+
+class _Call(BaseModel):
+    """One request, as Varlink frames it. Members it may add later are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    method: str
+    parameters: dict[str, object] | None = None
+    more: bool | None = None
+    oneway: bool | None = None
+    upgrade: bool | None = None
+
+
+class _ServiceError(Exception):
+    """An error that Varlink itself defines."""
+
+    def __init__(self, name: str, **parameters: object) -> None:
+        super().__init__(name)
+        self.reply: Message = {"error": f"{interface.SERVICE}.{name}", "parameters": parameters}
+
+
+class Server:
+    """Answers clients on behalf of one host. Lives as long as the daemon."""
+
+    def __init__(self, host: Host, access: Access) -> None:
+        self._host = host
+        self._access = access
+        self._connections: Counter[int] = Counter()
+
+    async def handle(self, stream: trio.SocketStream) -> None:
+        """Serve one client until it leaves, rests for too long or talks nonsense.
+
+        Made for `trio.serve_listeners`. Jobs that the client started go on after it.
+        """
+        wire, peer = Wire(stream), Peer.of(stream.socket)
+        self._connections[peer.uid] += 1
+        try:
+            async with stream:
+                await self._converse(wire, peer)
+        except* ControlError as group:  # star: a call with "more" runs in a nursery
+            log.info("closed the connection of pid %d: %s", peer.pid, group.exceptions[0])
+        except* PeerGone:
+            pass  # what it asked for goes on
+        finally:
+            self._connections[peer.uid] -= 1
+
+    async def _converse(self, wire: Wire, peer: Peer) -> None:
+        role = self._access.role(peer)
+        try:
+            self._check_room_for(peer)
+            while (frame := await wire.receive()) is not None:
+                try:
+                    call = _Call.model_validate_json(frame)
+                except ValidationError as exc:
+                    raise ControlError("the request is not a Varlink call") from exc
+                await self._serve(wire, call, role)
+        except ControlError as exc:
+            await wire.send(_failure(exc))
+            raise
+
+    def _check_room_for(self, peer: Peer) -> None:
+        if self._connections[peer.uid] > MAX_CONNECTIONS_PER_USER:
+            raise ControlError(f"user {peer.uid} holds {MAX_CONNECTIONS_PER_USER} connections")
+        if self._connections.total() > MAX_CONNECTIONS:
+            raise ControlError(f"there are {MAX_CONNECTIONS} connections already")
+
+    async def _serve(self, wire: Wire, call: _Call, role: Role) -> None:
+        if call.oneway:
+            await self._reply(wire, call, role)
+        elif call.more:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_when_closed, wire, nursery.cancel_scope)
+                await wire.send(await self._reply(wire, call, role))
+                nursery.cancel_scope.cancel()
+        else:
+            await wire.send(await self._reply(wire, call, role))
+
+    async def _reply(self, wire: Wire, call: _Call, role: Role) -> Message:
+        async def more(reply: Frozen) -> None:
+            await wire.send({"parameters": reply.model_dump(mode="json"), "continues": True})
+
+        try:
+            if call.method.startswith(f"{interface.SERVICE}."):
+                return {"parameters": _introspect(call)}
+            method = _parse(call)
+            require(role, method.needed_role(), type(method).__name__)
+            reply = await method.answer(self._host, None if call.oneway or not call.more else more)
+            return {"parameters": reply.model_dump(mode="json")}
+        except QsnapError as exc:
+            return _failure(exc)
+        except _ServiceError as exc:
+            return exc.reply
+
+
+def _parse(call: _Call) -> Method:
+    name, _, member = call.method.rpartition(".")
+    if name != interface.NAME:
+        raise _ServiceError("InterfaceNotFound", interface=name)
+    method = METHODS.get(member)
+    if method is None:
+        raise _ServiceError("MethodNotFound", method=call.method)
+    if call.upgrade:
+        raise _ServiceError("MethodNotImplemented", method=call.method)
+    if method.only_more and (not call.more or call.oneway):
+        raise _ServiceError("ExpectedMore")
+    try:
+        # As JSON, so that strict means: of the interface's type, nothing converted.
+        parameters = json.dumps(_without_nulls(call.parameters or {}), allow_nan=False)
+        return method.model_validate_json(parameters, strict=True)
+    except ValidationError as exc:
+        _refuse(exc)
+    except ValueError as exc:
+        raise BadRequest("a number must not be infinite") from exc
+
+
+def _refuse(failure: ValidationError) -> Never:
+    """Tell a parameter that does not fit the interface from one that makes no sense."""
+    error = failure.errors()[0]
+    where = ".".join(str(part) for part in error["loc"])
+    kind = error["type"]
+    if kind in ("missing", "extra_forbidden", "enum", "literal_error") or kind.endswith("_type"):
+        raise _ServiceError("InvalidParameter", parameter=where) from failure
+    reason = error["msg"].removeprefix("Value error, ")
+    raise BadRequest(f"{where}: {reason}") from failure
+
+
+def _without_nulls(value: object) -> object:
+    """Varlink lets a client write null where it means "left out"."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _introspect(call: _Call) -> Message:
+    parameters = call.parameters or {}
+    match call.method.removeprefix(f"{interface.SERVICE}."):
+        case "GetInfo":
+            return {
+                "vendor": "qsnapd",
+                "product": "qsnapd",
+                "version": qsnapd.__version__,
+                "url": "",
+                "interfaces": [interface.SERVICE, interface.NAME],
+            }
+        case "GetInterfaceDescription":
+            wanted = parameters.get("interface")
+            if not isinstance(wanted, str):
+                raise _ServiceError("InvalidParameter", parameter="interface")
+            if (text := interface.text(wanted)) is None:
+                raise _ServiceError("InterfaceNotFound", interface=wanted)
+            return {"description": text}
+    raise _ServiceError("MethodNotFound", method=call.method)
+
+
+def _failure(error: QsnapError) -> Message:
+    known = next(cls for cls in type(error).__mro__ if cls in _ERRORS)
+    said = {name: getattr(error, name) for name in _ERRORS[known]}
+    return {
+        "error": f"{interface.NAME}.{known.__name__}",
+        "parameters": {"code": error.code, "message": str(error), **said},
+    }
+
+
+_ERRORS: dict[type, list[str]] = {
+    error: list(interface.error_fields(error)) for error in interface.error_classes()
+}
+
+
+async def _cancel_when_closed(wire: Wire, scope: trio.CancelScope) -> None:
+    await wire.wait_closed()
+    scope.cancel()

@@ -1,0 +1,45 @@
+"""Snapshots as clients see them: the manifest, and its place in the tree."""
+
+from collections.abc import Iterable
+
+from pydantic import NonNegativeInt
+
+from qsnapd.model.snapshot import Manifest
+
+
+class Snapshot(Manifest):
+    """One stored snapshot and its place in the VM's tree."""
+
+    current: bool
+    """The VM's present state descends from this one."""
+    children: NonNegativeInt
+    """Snapshots taken directly on top of this one."""
+    descendants: NonNegativeInt
+    """Its children, their children, and so on."""
+
+
+def placed(manifests: Iterable[Manifest], current: str | None) -> tuple[Snapshot, ...]:
+    """Give all manifests of one VM their place, in the order they came in."""
+    manifests = tuple(manifests)
+    children: dict[str, list[str]] = {manifest.name: [] for manifest in manifests}
+    for manifest in manifests:
+        if manifest.parent in children:
+            children[manifest.parent].append(manifest.name)
+    return tuple(
+        Snapshot(
+            **dict(manifest),
+            current=manifest.name == current,
+            children=len(children[manifest.name]),
+            descendants=_count_below(manifest.name, children),
+        )
+        for manifest in manifests
+    )
+
+
+def _count_below(name: str, children: dict[str, list[str]]) -> int:
+    count = 0
+    pending = list(children[name])  # no recursion: a chain of snapshots can be long
+    while pending:
+        count += 1
+        pending += children[pending.pop()]
+    return count

@@ -1,0 +1,17 @@
+"""The order of the tests: what fails soonest and means most comes first."""
+
+from pathlib import Path
+
+import pytest
+
+GATE = ("test_gate.py", "test_layers.py")
+FOLDERS = ("unit", "real", "faults", "system", "bench")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: place(item.path))
+
+
+def place(path: Path) -> tuple[bool, int]:
+    folder = path.parent.name
+    return path.name not in GATE, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
