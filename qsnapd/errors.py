@@ -13,7 +13,7 @@ QsnapError
 │   └── AccessDenied         the client's role does not allow it
 ├── VmError                  the VM's QEMU
 │   ├── MonitorBusy          somebody else holds the QMP socket
-│   ├── SessionLost  ReplyTimeout  CommandRefused  UnexpectedReply
+│   ├── SessionLost  (NobodyListens)  ReplyTimeout  CommandRefused  UnexpectedReply
 │   ├── CapabilityMissing    this QEMU or host cannot do it
 │   ├── CaptureFailed        QEMU reported that saving memory failed
 │   └── GuestLeftPaused      we paused the guest and could not resume it
@@ -116,6 +116,12 @@ class MonitorBusy(VmError):
 
 class SessionLost(VmError):
     code = "session-lost"
+
+
+class NobodyListens(SessionLost):
+    """The QMP socket is not there, or no process serves it: this VM does not run."""
+
+    code = "nobody-listens"
 
 
 class ReplyTimeout(VmError):

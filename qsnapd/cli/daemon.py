@@ -2,8 +2,9 @@
 
 import logging
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import click
 import trio
@@ -11,6 +12,8 @@ import trio
 import qsnapd
 from qsnapd import config
 from qsnapd.errors import QsnapError
+
+T = TypeVar("T")
 
 _CONFIG = click.option(
     "--config",
@@ -34,7 +37,7 @@ def serve(config_file: Path) -> None:
     """Run in the foreground until SIGTERM; the log goes to stderr."""
     from qsnapd import daemon
 
-    trio.run(daemon.serve, _configured(config_file))
+    _run(daemon.serve, config_file)
 
 
 @cli.command()
@@ -49,13 +52,14 @@ def reconcile(config_file: Path, resume_only: bool) -> None:
     """Repair what a daemon that was killed left behind; for ExecStopPost=."""
     from qsnapd import daemon
 
-    trio.run(daemon.reconcile, _configured(config_file))
+    if _run(daemon.reconcile, config_file):
+        raise click.exceptions.Exit(1)  # the log says which guests could not be resumed
 
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 it failed, 2 usage."""
     try:
-        cli.main(prog_name="qsnapd", standalone_mode=False)
+        sys.exit(cli.main(prog_name="qsnapd", standalone_mode=False))
     except click.UsageError as exc:
         click.echo(f"qsnapd: {exc.format_message()}", err=True)
         sys.exit(2)
@@ -64,14 +68,25 @@ def main() -> NoReturn:
         sys.exit(1)
     except click.Abort:
         sys.exit(1)
-    sys.exit(0)
 
 
-def _configured(file: Path) -> config.Config:
-    settings = config.load(file)
+def _run(task: Callable[[config.Config], Awaitable[T]], config_file: Path) -> T:
+    settings = config.load(config_file)
     logging.basicConfig(
         stream=sys.stderr,
         level=settings.daemon.log_level.upper(),
         format="%(levelname)s %(name)s: %(message)s",
     )
-    return settings
+    try:
+        return trio.run(task, settings)
+    except BaseExceptionGroup as group:
+        foreseen, bugs = group.split(QsnapError)
+        if foreseen is None or bugs is not None:
+            raise  # a bug: with its traceback
+        raise _first(foreseen) from None
+
+
+def _first(group: BaseExceptionGroup[QsnapError]) -> QsnapError:
+    """Return the failure in the nurseries' wrapping; of several, the first."""
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner

@@ -35,9 +35,10 @@ def add_to(group: click.Group) -> None:
         timestamp: bool,
         timeout: float | None,
     ) -> None:
-        """Wait for events and print them, one per line; with --json, one object per line.
+        """Wait for events and print them.
 
-        Fails if --timeout ends the waiting before there was an event.
+        One per line; with --json, one object per line. Fails if --timeout ends the waiting
+        before there was an event.
         """
         kinds = kinds or (_KINDS if all_kinds else ("lifecycle", "snapshot"))
         count = 0

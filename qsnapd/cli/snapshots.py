@@ -28,7 +28,7 @@ def add_to(group: click.Group) -> None:
         multiple=True,
         help="Leave a disk out, or say where its overlay goes. Repeatable.",
     )
-    @click.option("--no-hash", is_flag=True, help="Do not hash the memory image.")
+    @click.option("--hash", "hashed", is_flag=True, help="Record the memory image's SHA-256.")
     @click.option("--timeout", metavar="S", type=_POSITIVE, help="Time limit of a precopy.")
     @click.option(
         "--max-size", metavar="BYTES", type=click.IntRange(min=1), help="Size limit of a precopy."
@@ -47,7 +47,7 @@ def add_to(group: click.Group) -> None:
         image_format: str | None,
         memspec: str | None,
         diskspec: tuple[str, ...],
-        no_hash: bool,
+        hashed: bool,
         timeout: float | None,
         max_size: int | None,
         on_limit: str | None,
@@ -62,7 +62,7 @@ def add_to(group: click.Group) -> None:
             "image_format": image_format,
             "memory_file": parse_memspec(memspec) if memspec is not None else None,
             "disks": [parse_diskspec(spec) for spec in diskspec],
-            "hash_memory": not no_hash,
+            "hash_memory": hashed,
             "precopy_limit_s": timeout,
             "precopy_limit_bytes": max_size,
             "on_limit": on_limit,
@@ -128,7 +128,7 @@ def add_to(group: click.Group) -> None:
     @verb(group, "snapshot-current", "domain")
     @click.option("--name", "only_name", is_flag=True, help="Its name only.")
     def snapshot_current(cli: Cli, domain: str, only_name: bool) -> None:
-        """Print the snapshot that a VM's present state descends from."""
+        """Print the snapshot that a VM descends from."""
         snapshot = _current(cli, domain)
         if cli.json:
             print_json(snapshot)

@@ -6,7 +6,7 @@ Foreseeable failures are replies. Anything else is a bug and leaves the nursery.
 import json
 import logging
 from collections import Counter
-from typing import Never
+from typing import Never, Self
 
 import trio
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,6 +37,13 @@ class _Call(BaseModel):
     oneway: bool | None = None
     upgrade: bool | None = None
 
+    @classmethod
+    def parse(cls, frame: bytes) -> Self:
+        try:
+            return cls.model_validate_json(frame)
+        except ValidationError as exc:
+            raise ControlError("the request is not a Varlink call") from exc
+
 
 class _ServiceError(Exception):
     """An error that Varlink itself defines."""
@@ -64,9 +71,7 @@ class Server:
         try:
             async with stream:
                 await self._converse(wire, peer)
-        except* ControlError as group:  # star: a call with "more" runs in a nursery
-            log.info("closed the connection of pid %d: %s", peer.pid, group.exceptions[0])
-        except* PeerGone:
+        except* PeerGone:  # star: a call with "more" runs in a nursery
             pass  # what it asked for goes on
         finally:
             self._connections[peer.uid] -= 1
@@ -76,14 +81,12 @@ class Server:
         try:
             self._check_room_for(peer)
             while (frame := await wire.receive()) is not None:
-                try:
-                    call = _Call.model_validate_json(frame)
-                except ValidationError as exc:
-                    raise ControlError("the request is not a Varlink call") from exc
-                await self._serve(wire, call, role)
+                await self._serve(wire, _Call.parse(frame), role)
+            return
         except ControlError as exc:
-            await wire.send(_failure(exc))
-            raise
+            log.info("closing the connection of pid %d: %s", peer.pid, exc)
+            farewell = _failure(exc)
+        await wire.send(farewell)
 
     def _check_room_for(self, peer: Peer) -> None:
         if self._connections[peer.uid] > MAX_CONNECTIONS_PER_USER:

@@ -109,7 +109,12 @@ class LocalHost:
         job = self._new_job(name, JobKind.CREATE, request.name)
         supervisor.claim(job)
         checkpoint = Checkpoint(vm, supervisor.store, job, qemu_img=self._qemu_img)
-        self._start(supervisor, job, lambda: checkpoint.take(request))
+
+        async def take() -> Manifest:
+            await supervisor.mend(vm)
+            return await checkpoint.take(request)
+
+        self._start(supervisor, job, take)
         return job
 
     async def revert(self, name: str, request: RevertRequest) -> Job:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from qsnapd.errors import QsnapError, SessionLost, StoreError, VmBusy, WrongState
+from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition
@@ -88,6 +88,10 @@ class Supervisor:
                 vm = await learn(self.name, session, self.tracker, identity, process)
                 await self._enter(vm)
                 await trio.sleep_forever()
+        except NobodyListens as exc:
+            if self.tracker.condition is Condition.NOSTATE_UNKNOWN:
+                self.tracker.on_exit(Condition.SHUTOFF_UNKNOWN)
+            self._problem(exc)
         except QsnapError as exc:
             self._problem(exc)
         finally:
@@ -103,9 +107,8 @@ class Supervisor:
         status = (await vm.session.execute(QueryStatus())).status
         self.tracker.on_attached(status, self._remembered(vm))
         if self.job is None:
-            done = await recover(vm, self.store, qemu_img=self._qemu_img)
-            if done:
-                self._tell_recovered(done)
+            self.problem = "an unfinished job of a former daemon is being finished or undone"
+            await self.mend(vm)
         _log.info("VM %s: attached to QEMU %s, pid %d", self.name, vm.version.text, vm.identity.pid)
         self.problem = None
         self.attached = vm
@@ -123,6 +126,12 @@ class Supervisor:
             self.tracker.on_exit()
             self.problem = "QEMU has ended"
             _log.info("VM %s: QEMU has ended (%s)", self.name, self.tracker.condition.text)
+
+    async def mend(self, vm: AttachedVm) -> None:
+        """Finish or undo what the journal says was left unfinished, if anything was."""
+        done = await recover(vm, self.store, qemu_img=self._qemu_img)
+        if done:
+            self._tell_recovered(done)
 
     async def _recover_offline(self) -> None:
         """Nobody answers there; a journal may still tell of a QEMU that has ended."""

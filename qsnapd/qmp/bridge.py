@@ -30,6 +30,7 @@ from qsnapd.errors import (
     CommandRefused,
     Effect,
     MonitorBusy,
+    NobodyListens,
     ReplyTimeout,
     SessionLost,
     VmError,
@@ -175,7 +176,9 @@ def _dial(path: Path) -> socket.socket:
         ) from None
     except OSError as exc:
         sock.close()
-        raise SessionLost(f"cannot connect to {path}: {exc.strerror}") from exc
+        gone = isinstance(exc, (FileNotFoundError, ConnectionRefusedError))
+        lost = NobodyListens if gone else SessionLost
+        raise lost(f"cannot connect to {path}: {exc.strerror}") from exc
     return sock
 
 
@@ -189,7 +192,8 @@ async def open_bridge(path: Path, *, name: str) -> AsyncIterator[tuple[QmpBridge
 
     Raises:
       MonitorBusy: somebody else holds the monitor: QEMU sent no greeting.
-      SessionLost: nobody listens there, or the connection ended.
+      NobodyListens: no QEMU serves that socket.
+      SessionLost: the connection could not be made, or ended.
       VmError: whoever answers there does not speak QMP.
     """
     sock = _dial(path)

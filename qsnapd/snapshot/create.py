@@ -16,7 +16,7 @@ import trio
 from qsnapd.errors import Effect, GuestLeftPaused, QsnapError, StoreError
 from qsnapd.image.files import create_exclusive, identity, publish, require_space
 from qsnapd.model.job import Phase
-from qsnapd.model.plan import CheckpointPlan, JournalEntry
+from qsnapd.model.plan import CheckpointPlan, JournalEntry, PivotPlan
 from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import ImageFormat, Manifest, Strategy
 from qsnapd.qmp.migration import MigrateSetCapabilities, MigrateSetParameters
@@ -90,11 +90,10 @@ class Checkpoint:
             with self._made:
                 manifest = await self._run(plan, entry)
         except BaseException as exc:
+            # Committed all the same? Then the next start settles it, by the journal.
             if plan.name not in store.snapshots():
                 await self._undo(plan, exc)
-                raise
-            manifest = store.manifest(plan.name)
-            _log.warning("VM %s: after the commit of %s: %s", plan.vm, plan.name, exc)
+            raise
         await self._settle(plan)
         return manifest
 
@@ -116,14 +115,12 @@ class Checkpoint:
         await trio.to_thread.run_sync(self._store.stage, plan.name)
         memory = await trio.to_thread.run_sync(create_exclusive, Path(plan.memory_partial))
         self._made.callback(os.close, memory)
-        overlays = [
-            await make_overlay(pivot.overlay, qemu_img=self._qemu_img) for pivot in plan.pivots
-        ]
-        entry = entry.model_copy(update={"made": (identity(memory), *overlays)})
+        overlays = [await self._make_overlay(pivot) for pivot in plan.pivots]
+        entry = entry.model_copy(update={"made": tuple(map(identity, (memory, *overlays)))})
         await trio.to_thread.run_sync(self._store.journal.write, entry)
         await publish_overlays([pivot.overlay for pivot in plan.pivots])
-        for pivot in plan.pivots:
-            await add_overlay_node(session, pivot)
+        for pivot, overlay in zip(plan.pivots, overlays, strict=True):
+            await add_overlay_node(session, pivot, overlay)
         if plan.capabilities:
             await session.execute(MigrateSetCapabilities.of(plan.capabilities))
         await session.execute(MigrateSetParameters(parameters=plan.parameters))
@@ -131,6 +128,11 @@ class Checkpoint:
         await target.hand_over(session)
         await trio.to_thread.run_sync(_flush_disks, plan)
         return target
+
+    async def _make_overlay(self, pivot: PivotPlan) -> int:
+        overlay = await make_overlay(pivot.overlay, qemu_img=self._qemu_img)
+        self._made.callback(os.close, overlay)
+        return overlay
 
     def _commit(self, plan: CheckpointPlan, manifest: Manifest) -> None:
         """Give the image its name, then the snapshot its existence. Blocks."""
@@ -192,7 +194,7 @@ def _flush_disks(plan: CheckpointPlan) -> None:
     """Sync the disks' files now, so that `stop` finds little to flush. Blocks."""
     for pivot in plan.pivots:
         try:
-            descriptor = os.open(pivot.overlay.backing, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(pivot.overlay.backing, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
             _log.debug("cannot pre-flush %s: %s", pivot.overlay.backing, exc)
             continue

@@ -1,13 +1,15 @@
 """From a written memory image to a snapshot: sync, seal, verify, hash, describe."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import trio
 
 from qsnapd.image import digest, mapped_ram, stream
 from qsnapd.image.files import allocated_bytes, sync_file
+from qsnapd.image.savevm import Verified
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import (
     DiskLayer,
@@ -21,6 +23,8 @@ from qsnapd.model.state import Condition, State
 from qsnapd.snapshot.capture import Capture
 from qsnapd.snapshot.memory import MemoryTarget
 from qsnapd.vm.attached import AttachedVm
+
+_log = logging.getLogger(__name__)
 
 
 async def finish_image(
@@ -40,19 +44,16 @@ def _finish_image(
     target: MemoryTarget, ram_blocks: Sequence[RamBlock]
 ) -> tuple[MemoryImage, tuple[RamBlock, ...]]:
     plan, fd = target.plan, target.descriptor
+    check = trio.from_thread.check_cancelled
     if target.drain is not None:
         target.drain.finish()
     sync_file(fd)
-    if plan.image_format is ImageFormat.MAPPED_RAM:
-        if plan.strategy is Strategy.BACKGROUND:
-            mapped_ram.seal(fd)
-        repeated = plan.strategy is Strategy.PRECOPY
-        writes = mapped_ram.Writes.REPEATED if repeated else mapped_ram.Writes.ONCE
-        verified = mapped_ram.verify(fd, ram_blocks, writes)
-    else:
-        verified = stream.verify(fd, ram_blocks)
-    trio.from_thread.check_cancelled()
-    check = trio.from_thread.check_cancelled
+    if plan.image_format is ImageFormat.MAPPED_RAM and plan.strategy is Strategy.BACKGROUND:
+        mapped_ram.seal(fd)
+    verified = verify_image(fd, plan.image_format, plan.strategy, ram_blocks, check)
+    if verified.unchecked:
+        _log.warning("%s: checked in part only: %s", plan.memory_file, verified.unchecked)
+    check()
     image = MemoryImage(
         path=plan.memory_file,
         size_bytes=os.fstat(fd).st_size,
@@ -60,6 +61,21 @@ def _finish_image(
         sha256=digest.sha256(fd, check) if plan.hash_memory else None,
     )
     return image, verified.ram_blocks
+
+
+def verify_image(
+    fd: int,
+    image_format: ImageFormat,
+    strategy: Strategy,
+    ram_blocks: Sequence[RamBlock],
+    check_cancelled: Callable[[], object],
+) -> Verified:
+    """Check that QEMU can load the image. Blocks. Raises: ImageInvalid, StoreError."""
+    if image_format is ImageFormat.STREAM:
+        return stream.verify(fd, ram_blocks, check_cancelled)
+    repeated = strategy is Strategy.PRECOPY
+    writes = mapped_ram.Writes.REPEATED if repeated else mapped_ram.Writes.ONCE
+    return mapped_ram.verify(fd, ram_blocks, writes)
 
 
 def describe(

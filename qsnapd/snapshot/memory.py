@@ -5,7 +5,8 @@ import os
 import threading
 from dataclasses import dataclass, field
 
-from qsnapd.errors import CaptureFailed, TargetRefused
+from qsnapd.errors import CaptureFailed
+from qsnapd.image.files import reopen
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.qmp.commands import AddFd, GetFd
 from qsnapd.qmp.migration import Migrate
@@ -39,12 +40,7 @@ class MemoryTarget:
             finally:
                 self.drain.let_go()
             return
-        try:
-            writer = os.open(self.plan.memory_partial, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as exc:
-            raise TargetRefused(
-                f"cannot open {self.plan.memory_partial}: {exc.strerror}"
-            ) from exc
+        writer = reopen(self.descriptor, os.O_WRONLY)
         try:
             if self.plan.memory_fdset_id is None:
                 await session.execute(GetFd(fdname=self.name), descriptor=writer)
@@ -60,9 +56,6 @@ class MemoryTarget:
         if self.plan.memory_fdset_id is None or self.plan.drained:
             return Migrate(uri=f"fd:{self.name}")
         return Migrate(uri=f"file:/dev/fdset/{self.plan.memory_fdset_id}")
-
-    def close(self) -> None:
-        os.close(self.descriptor)
 
 
 class Drain:

@@ -8,10 +8,9 @@ from typing import Any
 
 import trio
 
-from qsnapd.errors import StoreError, TargetRefused
-from qsnapd.image.files import create_exclusive, identity, publish
+from qsnapd.errors import StoreError
+from qsnapd.image.files import create_exclusive, publish, reopen, sync_file
 from qsnapd.model.plan import OverlayPlan, PivotPlan
-from qsnapd.model.snapshot import FileIdentity
 from qsnapd.qmp.block import BlockdevAdd
 from qsnapd.qmp.commands import AddFd
 from qsnapd.qmp.session import QmpSession
@@ -19,42 +18,55 @@ from qsnapd.qmp.session import QmpSession
 QEMU_IMG_LIMIT_S = 60.0
 
 
-async def make_overlay(plan: OverlayPlan, *, qemu_img: str) -> FileIdentity:
+async def make_overlay(plan: OverlayPlan, *, qemu_img: str) -> int:
     """Create the overlay's file under its partial name, complete and synced.
 
-    It belongs to whom the image below belongs, mode 0600.
+    It belongs to whom the image below belongs, mode 0600. Returns a descriptor for the
+    caller to close: its folder may be another user's, so that only the descriptor, never
+    again the name, surely means this file.
 
     On failure: the partial file may exist; its name carries the job's token.
     Raises: TargetRefused: it cannot be created there. StoreError: qemu-img failed.
     """
-    partial = Path(plan.partial)
-    descriptor = await trio.to_thread.run_sync(create_exclusive, partial)
+    descriptor = await trio.to_thread.run_sync(create_exclusive, Path(plan.partial))
+    try:
+        await _fill(plan, descriptor, qemu_img)
+        await trio.to_thread.run_sync(sync_file, descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+async def _fill(plan: OverlayPlan, descriptor: int, qemu_img: str) -> None:
+    # -u: QEMU holds the image below open and locked, and we know its size.
+    command = [qemu_img, "create", "-q", "-f", "qcow2", "-u"]
+    command += ["-F", plan.backing_format, "-b", plan.backing]
+    if options := _options(plan):
+        command += ["-o", options]
+    command += [f"/proc/self/fd/{descriptor}", str(plan.virtual_size_bytes)]
     try:
         if os.geteuid() == 0:
             owner = os.stat(plan.backing)
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
-        # -u: QEMU holds the image below open and locked, and we know its size.
-        command = [qemu_img, "create", "-q", "-f", "qcow2", "-u"]
-        command += ["-F", plan.backing_format, "-b", plan.backing]
-        if options := _options(plan):
-            command += ["-o", options]
-        command += [str(partial), str(plan.virtual_size_bytes)]
         with trio.fail_after(QEMU_IMG_LIMIT_S):
-            done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
-        del done
-        await trio.to_thread.run_sync(os.fsync, descriptor)
-        return await trio.to_thread.run_sync(identity, partial)
+            await trio.run_process(
+                command, capture_stdout=True, capture_stderr=True, pass_fds=(descriptor,)
+            )
     except FileNotFoundError as exc:
-        raise StoreError(f"cannot run {qemu_img}: install qemu-utils or set qemu_img") from exc
+        raise StoreError(
+            f"cannot make {plan.path}: {exc.filename} is missing (qemu-img comes with qemu-utils; "
+            "the config may name another)"
+        ) from exc
     except subprocess.CalledProcessError as exc:
         words = exc.stderr.decode(errors="replace").strip()
-        raise StoreError(f"qemu-img could not create {partial}: {words}") from exc
+        raise StoreError(f"qemu-img could not create {plan.path}: {words}") from exc
     except trio.TooSlowError:
-        raise StoreError(f"qemu-img did not create {partial} in {QEMU_IMG_LIMIT_S:g} s") from None
+        raise StoreError(
+            f"qemu-img did not create {plan.path} within {QEMU_IMG_LIMIT_S:g} s"
+        ) from None
     except OSError as exc:
-        raise StoreError(f"cannot create {partial}: {exc.strerror}") from exc
-    finally:
-        os.close(descriptor)
+        raise StoreError(f"cannot create {plan.path}: {exc.strerror}") from exc
 
 
 def _options(plan: OverlayPlan) -> str:
@@ -75,7 +87,7 @@ async def publish_overlays(plans: Sequence[OverlayPlan]) -> None:
         await trio.to_thread.run_sync(publish, Path(plan.partial), Path(plan.path))
 
 
-async def add_overlay_node(session: QmpSession, plan: PivotPlan) -> None:
+async def add_overlay_node(session: QmpSession, plan: PivotPlan, overlay: int) -> None:
     """Hand the overlay to QEMU and make a node of it, without the image below it yet.
 
     The set holds one descriptor, O_RDWR, and no O_RDONLY one beside it. With both, QEMU
@@ -83,14 +95,10 @@ async def add_overlay_node(session: QmpSession, plan: PivotPlan) -> None:
     still open in the set, kept its lock on the file; the next `cont` after a migration
     then fails with 'Failed to get shared "write" lock' (7.2, 10.0).
     """
-    path = plan.overlay.path
     direct = os.O_DIRECT if plan.cache_direct else 0
+    descriptor = reopen(overlay, os.O_RDWR | direct)
     try:
-        descriptor = os.open(path, os.O_RDWR | direct | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as exc:
-        raise TargetRefused(f"cannot open the overlay {path}: {exc.strerror}") from exc
-    try:
-        command = AddFd(fdset_id=plan.fdset_id, opaque=path)
+        command = AddFd(fdset_id=plan.fdset_id, opaque=plan.overlay.path)
         await session.execute(command, descriptor=descriptor)
     finally:
         os.close(descriptor)

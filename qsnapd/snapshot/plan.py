@@ -230,9 +230,13 @@ def default_overlay_path(disk: Disk, snapshot: str) -> Path:
 
     The disk's name is that of its oldest image, so that names do not grow with the chain.
     """
-    oldest = Path(disk.chain[-1].path).name
-    stem = oldest.rsplit(".", 1)[0] if "." in oldest.lstrip(".") else oldest
+    stem = image_stem(disk.chain[-1].path)
     return Path(disk.chain[0].path).with_name(f"{stem}.after-{snapshot}.qcow2")
+
+
+def image_stem(path: str) -> str:
+    """What a disk is called: the name of its oldest image without the last suffix."""
+    return Path(path).stem
 
 
 def _unused_ids(used: frozenset[int], count: int) -> list[int]:

@@ -45,7 +45,7 @@ async def capture_precopy(capture: Capture) -> None:
         await capture.pivot()
         await session.execute(MigrateContinue())
         await wait_saved(session, "completed", watcher=capture.watch)
-        capture.capture_ms = watch.ms - capture.pivot_ms
+        capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
         await capture.leave_postmigrate()
 
 

@@ -4,11 +4,8 @@ Everything that can be wrong with the snapshot is found before the old QEMU is e
 the point of no return; from there on the revert is not cancelled any more.
 """
 
-import logging
 import os
-import secrets
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -17,41 +14,42 @@ import trio
 from qsnapd.errors import (
     CommandRefused,
     Effect,
-    ImageInvalid,
     QsnapError,
     SessionLost,
     VmError,
-    WrongState,
 )
-from qsnapd.image import mapped_ram, stream
+from qsnapd.image.files import identity
 from qsnapd.model.job import Phase
-from qsnapd.model.plan import JournalEntry, OverlayPlan, RevertPlan
+from qsnapd.model.plan import JournalEntry, RevertPlan
 from qsnapd.model.request import RevertRequest
-from qsnapd.model.snapshot import DiskLayer, ImageFormat, Manifest, MemoryImage, Strategy
+from qsnapd.model.snapshot import (
+    Manifest,
+    Process,
+)
 from qsnapd.model.state import Condition
 from qsnapd.qmp.commands import Quit
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.load import load_memory
 from qsnapd.snapshot.overlays import make_overlay, publish_overlays
+from qsnapd.snapshot.revert_plan import check_snapshot, plan_revert, require_no_qemu
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
-from qsnapd.vm.identity import key_of
-from qsnapd.vm.launch import MovedDisk, plan_launch
-from qsnapd.vm.process import Started, kill, start, wait_ended
+from qsnapd.vm.disks import read_disks
+from qsnapd.vm.process import Started, kill, start, wait_ended, wait_gone
 from qsnapd.vm.tracker import Tracker
 
+DETACH_LIMIT_S = 30.0
 START_LIMIT_S = 60.0
 LOAD_LIMIT_S = 3600.0
 LOOK_EVERY_S = 0.1
-
-_log = logging.getLogger(__name__)
 
 
 class Seat(Protocol):
     """A VM's place, which outlives each of its QEMU processes."""
 
     name: str
+    qmp: Path
     store: VmStore
     tracker: Tracker
     attached: AttachedVm | None
@@ -84,19 +82,27 @@ class Revert:
         manifest = store.manifest(request.name)
         await trio.to_thread.run_sync(check_snapshot, manifest)
         assert manifest.memory is not None
+        if self._seat.attached is None:
+            require_no_qemu(self._seat.name, self._seat.qmp)
         plan = plan_revert(manifest, manifest.memory, end_running=self._seat.attached is not None)
         entry = self._entry(plan)
         await trio.to_thread.run_sync(store.journal.write, entry)
         try:
-            entry = await self._make_overlays(plan, entry)
+            await self._make_overlays(plan, entry)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._forget, entry)
             raise
         with trio.CancelScope(shield=True):
-            await self._switch(plan, manifest, request)
+            try:
+                vm = await self._switch(plan, manifest.machine.process)
+            except QsnapError:
+                await trio.to_thread.run_sync(self._forget, entry)
+                raise
             await trio.to_thread.run_sync(store.set_current, manifest.name)
             await trio.to_thread.run_sync(store.journal.clear)
+            if (request.state or manifest.state) == "running":
+                await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
         return manifest
 
     def _entry(self, plan: RevertPlan) -> JournalEntry:
@@ -107,31 +113,38 @@ class Revert:
             start_time_ticks=vm.identity.start_time_ticks if vm else 0,
         )
 
-    async def _make_overlays(self, plan: RevertPlan, entry: JournalEntry) -> JournalEntry:
-        made = [await make_overlay(o, qemu_img=self._qemu_img) for o in plan.overlays]
-        entry = entry.model_copy(update={"made": tuple(made)})
+    async def _make_overlays(self, plan: RevertPlan, entry: JournalEntry) -> None:
+        with ExitStack() as descriptors:
+            overlays = []
+            for overlay in plan.overlays:
+                overlays.append(await make_overlay(overlay, qemu_img=self._qemu_img))
+                descriptors.callback(os.close, overlays[-1])
+            entry = entry.model_copy(update={"made": tuple(map(identity, overlays))})
         await trio.to_thread.run_sync(self._seat.store.journal.write, entry)
         await publish_overlays(plan.overlays)
-        return entry
 
     def _forget(self, entry: JournalEntry) -> None:
-        """Remove what was made before the point of no return. Blocks."""
+        """Remove the overlays, which no guest has written to. Blocks."""
         journal = self._seat.store.journal
         remove_files(journal.read() or entry)
         journal.clear()
 
-    async def _switch(self, plan: RevertPlan, manifest: Manifest, request: RevertRequest) -> None:
-        """End the old QEMU, start the new one, load, go on."""
+    async def _switch(self, plan: RevertPlan, process: Process) -> AttachedVm:
+        """End the old QEMU, start the new one and load; it stands still afterwards.
+
+        Raises: VmError: the VM is shut off; says where the state is that it was in.
+        """
         self._job.enter(Phase.STARTING)
         seat = self._seat
+        left = await disks_in_use(seat.attached)
         if seat.attached is not None:
             await end_qemu(seat.attached)
-            await seat.wait_detached()
+            with trio.fail_after(DETACH_LIMIT_S):
+                await seat.wait_detached()
             seat.tracker.on_exit(Condition.SHUTOFF_FROM_SNAPSHOT)
         seat.starting = Condition.PAUSED_FROM_SNAPSHOT
         try:
             log = seat.store.directory / ".qemu.log"
-            process = manifest.machine.process
             started = await trio.to_thread.run_sync(
                 start, process, plan.executable, plan.argv, plan.cwd, log
             )
@@ -142,14 +155,14 @@ class Revert:
                     await load_memory(vm, memory, plan.image_format, self._job)
             except (QsnapError, trio.TooSlowError):
                 kill(vm.identity)  # it has not run: nothing is lost with it
+                await wait_gone(vm.identity)
                 raise
-            if (request.state or manifest.state) == "running":
-                await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
+            return vm
         except (QsnapError, trio.TooSlowError) as exc:
             raise VmError(
                 f"VM {seat.name} is shut off: it was ended to revert to {plan.name}, and QEMU "
-                f"could not be started from it: {exc}. The snapshot is unharmed; the new disks "
-                f"are {_paths(plan)}",
+                f"could not be started from that: {exc or 'it took too long'}. The snapshot is "
+                f"unharmed. The disks of the state before are: {left}",
                 effect=Effect.PARTIAL,
             ) from exc
         finally:
@@ -165,8 +178,10 @@ class Revert:
                     raise VmError(f"QEMU says: {words}")
 
 
-def _paths(plan: RevertPlan) -> str:
-    return ", ".join(overlay.path for overlay in plan.overlays) or "none"
+async def disks_in_use(vm: AttachedVm | None) -> str:
+    """The files of a VM's active layers, for people."""
+    disks = await read_disks(vm.session, vm.identity.pid) if vm else ()
+    return ", ".join(disk.path for disk in disks if disk.path and not disk.left_out) or "none"
 
 
 async def end_qemu(vm: AttachedVm) -> None:
@@ -174,86 +189,3 @@ async def end_qemu(vm: AttachedVm) -> None:
     with suppress(SessionLost, CommandRefused):  # it may end before it answers
         await vm.session.execute(Quit())
     await wait_ended(vm.identity)
-
-
-def plan_revert(manifest: Manifest, memory: MemoryImage, *, end_running: bool) -> RevertPlan:
-    """Name the new overlays and compute the command line; reads file identities only.
-
-    Raises: Blocked, WrongState: the recorded command line cannot be used again, and why.
-    """
-    token = secrets.token_hex(4)
-    overlays = tuple(_overlay(disk, manifest.name, token) for disk in manifest.disks)
-    launch = plan_launch(
-        manifest.machine.process,
-        manifest.machine,
-        [
-            MovedDisk(target=disk.target, chain=disk.chain, overlay=overlay.path)
-            for disk, overlay in zip(manifest.disks, overlays, strict=True)
-        ],
-        identify=key_of,
-    )
-    return RevertPlan(
-        token=token,
-        vm=manifest.vm,
-        name=manifest.name,
-        requested_at=datetime.now(UTC),
-        end_running=end_running,
-        executable=launch.executable,
-        argv=launch.argv,
-        cwd=launch.cwd,
-        memory_file=memory.path,
-        image_format=manifest.image_format,
-        overlays=overlays,
-    )
-
-
-def _overlay(disk: DiskLayer, snapshot: str, token: str) -> OverlayPlan:
-    frozen = Path(disk.frozen)
-    oldest = Path(disk.chain[-1].path).name if disk.chain else frozen.name
-    stem = oldest.rsplit(".", 1)[0] if "." in oldest.lstrip(".") else oldest
-    path = frozen.with_name(f"{stem}.after-{snapshot}.{token}.qcow2")
-    return OverlayPlan(
-        target=disk.target,
-        path=str(path),
-        partial=str(path.with_name(f"{path.name}.partial")),
-        backing=disk.frozen,
-        backing_format=disk.frozen_format,
-        virtual_size_bytes=disk.virtual_size_bytes,
-    )
-
-
-def check_snapshot(manifest: Manifest) -> None:
-    """Refuse a snapshot that would not restore, before anything is touched. Blocks.
-
-    Raises: WrongState: it holds no memory. ImageInvalid: a file is missing, was replaced or
-      is damaged.
-    """
-    if manifest.memory is None:
-        raise WrongState(f"snapshot {manifest.name} holds no memory: it cannot be reverted to yet")
-    for disk in manifest.disks:
-        for file in disk.chain:
-            if key_of(file.path) != (file.device, file.inode):
-                raise ImageInvalid(
-                    f"disk {disk.target}: {file.path} is missing or is another file than when "
-                    f"snapshot {manifest.name} was taken"
-                )
-    with ExitStack() as descriptors:
-        try:
-            descriptor = os.open(manifest.memory.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as exc:
-            raise ImageInvalid(
-                f"the memory image {manifest.memory.path} cannot be opened: {exc.strerror}"
-            ) from exc
-        descriptors.callback(os.close, descriptor)
-        size_bytes = os.fstat(descriptor).st_size
-        if size_bytes != manifest.memory.size_bytes:
-            raise ImageInvalid(
-                f"the memory image {manifest.memory.path} has {size_bytes} bytes, it was saved "
-                f"with {manifest.memory.size_bytes}"
-            )
-        if manifest.image_format is ImageFormat.MAPPED_RAM:
-            repeated = manifest.strategy is Strategy.PRECOPY
-            writes = mapped_ram.Writes.REPEATED if repeated else mapped_ram.Writes.ONCE
-            mapped_ram.verify(descriptor, manifest.machine.ram_blocks, writes)
-        else:
-            stream.verify(descriptor, manifest.machine.ram_blocks)

@@ -16,6 +16,6 @@ async def capture_stopped(capture: Capture) -> None:
         await capture.pivot()
         await capture.begin_saving()
         info = await wait_saved(capture.vm.session, "completed", watcher=capture.watch)
-        capture.capture_ms = watch.ms - capture.pivot_ms
+        capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
         await capture.leave_postmigrate()
         capture.watch(info)

@@ -92,8 +92,8 @@ _STOPPED_DETAILS = {
 
 def lifecycle_event(old: Condition, new: Condition) -> tuple[str, str] | None:
     """virsh's texts for the lifecycle event of this change; None if it has none."""
-    if old.state is new.state:
-        return None
+    if old.state in (new.state, State.NOSTATE):
+        return None  # nothing changed, or we only now learn what is
     match new.state:
         case State.RUNNING if old.state in (State.PAUSED, State.PMSUSPENDED, State.CRASHED):
             from_snapshot = new is Condition.RUNNING_FROM_SNAPSHOT

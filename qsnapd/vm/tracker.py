@@ -36,7 +36,7 @@ class Tracker:
     """Owned by the VM's supervisor; fed with every event of every session of the VM."""
 
     def __init__(self, observer: Observer) -> None:
-        self.condition = Condition.SHUTOFF_UNKNOWN
+        self.condition = Condition.NOSTATE_UNKNOWN
         self._observer = observer
         self._announced: Condition | None = None
         self._pausing: Condition | None = None
@@ -65,6 +65,7 @@ class Tracker:
         """Take QEMU's word for the state, and memory's for the reason."""
         self._announced = None
         self.become(from_status(status, remembered))
+        self.held_by_user = self.condition is Condition.PAUSED_USER
 
     def on_exit(self, condition: Condition | None = None) -> None:
         """The process has ended; *condition* if somebody knows why."""

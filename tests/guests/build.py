@@ -30,14 +30,15 @@ def build_guests() -> bool:
     """Bring .cache/guests up to date; return whether there was anything to do."""
     stamp = OUTPUT / "built-from"
     names = ("build.py", "pages.S", "slots.c", "init")
-    key = hashlib.sha256(b"".join((SOURCES / name).read_bytes() for name in names)).hexdigest()
+    [kernel] = LINUX.glob("boot/vmlinuz-*")
+    sources = (kernel.name.encode(), *((SOURCES / name).read_bytes() for name in names))
+    key = hashlib.sha256(b"".join(sources)).hexdigest()
     if stamp.exists() and stamp.read_text() == key:
         return False
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
     _assemble_pages(OUTPUT / "pages.img")
     _compile_slots(OUTPUT / "slots")
-    [kernel] = LINUX.glob("boot/vmlinuz-*")
     shutil.copy(kernel, OUTPUT / "vmlinuz")
     (OUTPUT / "initrd").write_bytes(_initrd(OUTPUT / "slots"))
     stamp.write_text(key)

@@ -1,6 +1,6 @@
 /* The program inside the "slots" guest: it writes disks and memory and checks itself.
  *
- * Started by ./init as process 1's successor, on a serial console. Kernel command line:
+ * Process 1 of the guest, once ./init has loaded the drivers; speaks to the serial console. Kernel command line:
  *
  *   slots.memory_mib=N     size of the memory that is being dirtied (default 16)
  *   slots.dirty_mib_s=N    how fast it is dirtied, MiB/s; 0: not at all (default 0)
@@ -27,6 +27,7 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -76,8 +77,7 @@ static uint64_t page_count;
 static unsigned long memory_mib = 16, dirty_mib_s, disk_pause_us;
 
 /* One line, one write: lines of different threads must not mix. */
-static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
-#include <stdarg.h>
+__attribute__((format(printf, 1, 2)))
 static void say(const char *format, ...)
 {
     char line[160];

@@ -17,6 +17,9 @@ BACKPORTS = f"{RELEASE}-backports"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DPKG_STATUS = Path("/var/lib/dpkg/status")
 
+TARGET_FORMAT = "$(RELEASE) $(COMPONENT) $(REPO_URI) $(ORIGIN)"
+"""What we want to know of each of apt's sources, for `apt-get indextargets`."""
+
 
 class CannotFetch(Exception):
     """A package cannot be had; the message says why."""
@@ -35,7 +38,17 @@ class PrivateApt:
             (folder / name).mkdir(parents=True)
         # apt locks the folder of the status file, so it has to be a copy
         shutil.copy(DPKG_STATUS, folder / "state" / "status")
-        (folder / "sources.list").write_text(_sources())
+        self._options = {
+            "Dir::State": folder / "state",
+            "Dir::State::status": folder / "state" / "status",
+            "Dir::Cache": folder / "cache",
+            "Acquire::Languages": "none",
+            # as root, apt would download as a user who may not write here
+            "APT::Sandbox::User": "root",
+        }
+        sources = folder / "sources.list"
+        sources.write_text(self._sources())
+        self._options |= {"Dir::Etc::sourcelist": sources, "Dir::Etc::sourceparts": "-"}
         self._run("apt-get", "--quiet=2", "update")
 
     def close(self) -> None:
@@ -67,6 +80,22 @@ class PrivateApt:
         answer = self._run("apt-cache", "depends", package)
         return re.findall(r"^\s*Depends: ([\w.+-]+)", answer, re.MULTILINE)
 
+    def _sources(self) -> str:
+        """Return this machine's own sources of Debian's release, and its backports with them."""
+        ask = ("apt-get", "indextargets", f"--format={TARGET_FORMAT}")
+        uris = _debian_uris(run(*ask))
+        if RELEASE not in uris:  # the system's lists may be missing: fetch our own
+            self._run("apt-get", "--quiet=2", "update")
+            uris = _debian_uris(self._run(*ask))
+        if RELEASE not in uris:
+            raise CannotFetch(
+                f"apt on this machine has no source for Debian {RELEASE} (main): "
+                "the parts for the tests come from there"
+            )
+        uris[BACKPORTS] = uris[RELEASE]
+        signed_by = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
+        return "".join(f"deb {signed_by}{uri} {suite} main\n" for suite, uri in uris.items())
+
     def _unpack_all(self, debs: Path, into: Path) -> None:
         into.mkdir(parents=True, exist_ok=True)
         for deb in sorted(debs.glob("*.deb")):
@@ -74,17 +103,7 @@ class PrivateApt:
         shutil.rmtree(debs)
 
     def _run(self, program: str, *arguments: str, cwd: Path | None = None) -> str:
-        options = {
-            "Dir::State": self._folder / "state",
-            "Dir::State::status": self._folder / "state" / "status",
-            "Dir::Cache": self._folder / "cache",
-            "Dir::Etc::sourcelist": self._folder / "sources.list",
-            "Dir::Etc::sourceparts": "-",
-            "Acquire::Languages": "none",
-            # as root, apt would download as a user who may not write here
-            "APT::Sandbox::User": "root",
-        }
-        settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        settings = [f"-o{name}={value}" for name, value in self._options.items()]
         return run(program, *settings, *arguments, cwd=cwd)
 
 
@@ -105,17 +124,11 @@ def run(*argv: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def _sources() -> str:
-    """Return this machine's own sources of Debian's release, and its backports with them."""
-    answer = run("apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)")
-    targets = {tuple(line.split(maxsplit=2)) for line in answer.splitlines()}
-    uris = {suite: uri for suite, component, uri in sorted(targets) if component == "main"}
-    if RELEASE not in uris:
-        raise CannotFetch(
-            f"apt on this machine has no source for Debian {RELEASE} (main): "
-            "the parts for the tests come from there"
-        )
-    suites = {suite: uri for suite, uri in uris.items() if suite.split("-")[0] == RELEASE}
-    suites[BACKPORTS] = uris[RELEASE]
-    signed_by = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
-    return "".join(f"deb {signed_by}{uri} {suite} main\n" for suite, uri in suites.items())
+def _debian_uris(targets: str) -> dict[str, str]:
+    """Return the addresses of Debian's suites of RELEASE, from lines of TARGET_FORMAT."""
+    uris: dict[str, str] = {}
+    for line in targets.splitlines():
+        suite, component, uri, origin = line.split(maxsplit=3)
+        if origin == "Debian" and component == "main" and suite.split("-")[0] == RELEASE:
+            uris[suite] = uri
+    return uris

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 from tests.guests import pages, slots
-from tests.harness import Disk, Pages, Slots, open_vm
+from tests.harness import Disk, Pages, Slots, Vm, open_vm
+from tests.monitor import Monitor
 from tests.parts import Qemu, qemu_versions
 
 each_qemu = pytest.mark.parametrize("qemu", qemu_versions(), ids=str)
@@ -174,6 +176,68 @@ async def test_slots_guest_finds_what_is_wrong(qemu: Qemu, tmp_path: Path) -> No
             generation = plant_old_page(ram, 9)
         _, where, page, found, _ = await complaint("TORN mem")
         assert (where, page, found) == ("mem", "9", f"{generation}/{generation}")
+
+
+@any_qemu
+@pytest.mark.parametrize("one_instant", [True, False], ids=["one-instant", "disk-before-memory"])
+async def test_slots_guest_tells_a_checkpoint_from_a_torn_one(
+    qemu: Qemu, one_instant: bool
+) -> None:
+    disks = [Disk("qcow2", "virtio"), Disk("raw", "scsi")]
+    async with open_vm(qemu, Slots(dirty_mib_s=20), disks=disks) as vm:
+        await vm.wait_checked()
+        async with vm.monitor() as monitor:
+            if not one_instant:
+                await pivot(vm, monitor)
+                await vm.wait_checked()  # writes that memory knows of and the frozen disk lacks
+            await monitor.execute("stop")
+            if one_instant:
+                await pivot(vm, monitor)
+            await enable_migration_events(monitor)
+            await monitor.execute("migrate", uri=f"file:{vm.folder}/memory")
+            await migrated(monitor)
+        assert vm.slots_report().fine
+
+        await vm.kill()
+        said = len(vm.log_lines())
+        await trio.run_process([*vm.argv, "-incoming", "defer"])  # the images are the frozen ones
+        async with vm.monitor() as monitor:
+            await enable_migration_events(monitor)
+            await monitor.execute("migrate-incoming", uri=f"file:{vm.folder}/memory")
+            await migrated(monitor)
+            await monitor.execute("cont")
+        await vm.wait_checked(since=said)
+        report = vm.slots_report(since=said)
+    assert report.fine is one_instant
+    assert all(line.startswith("LOST ") for line in report.bad_lines)
+
+
+async def pivot(vm: Vm, monitor: Monitor) -> None:
+    """Put a new overlay over every disk, in one transaction."""
+    actions = [
+        {
+            "type": "blockdev-snapshot-sync",
+            "data": {
+                "node-name": f"disk{n}",
+                "snapshot-file": f"{image}.overlay",
+                "snapshot-node-name": f"overlay{n}",
+                "format": "qcow2",
+            },
+        }
+        for n, image in enumerate(vm.disks)
+    ]
+    await monitor.execute("transaction", actions=actions)
+
+
+async def enable_migration_events(monitor: Monitor) -> None:
+    capability = {"capability": "events", "state": True}
+    await monitor.execute("migrate-set-capabilities", capabilities=[capability])
+
+
+async def migrated(monitor: Monitor) -> None:
+    """Wait until memory has been saved or loaded."""
+    while (status := (await monitor.wait_event("MIGRATION"))["data"]["status"]) != "completed":
+        assert status != "failed"
 
 
 def plant_future_slot(disk: mmap.mmap, number: int) -> None:

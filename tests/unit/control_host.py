@@ -269,6 +269,6 @@ class Served:
         path, host, access = directory / "io.qsnapd", FakeHost(), access or Access()
         listener = open_listener(path, access)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.serve_listeners, Server(host, access).handle, [listener])
+            await nursery.start(trio.serve_listeners, Server(host, access).handle, [listener])
             yield cls(path, host)
             nursery.cancel_scope.cancel()

@@ -19,6 +19,7 @@ from qsnapd.model.request import CreateRequest, DiskRequest, RevertRequest
 from qsnapd.model.snapshot import ImageFormat, Strategy
 from tests.unit.control_host import GIB, Served, manifest
 
+NAME_WITH_SLASH = "request.name: invalid name 'a/b': it must not contain '/'"
 QSNAPCTL = str(Path(sys.executable).with_name("qsnapctl"))
 
 
@@ -200,18 +201,30 @@ async def test_jobs(served: Served) -> None:
 @pytest.mark.parametrize(
     ("line", "status", "error"),
     [
-        ("domstate vm9", 1, {"code": "unknown-vm", "message": "there is no VM 'vm9'", "effect": "none"}),
-        ("domstate", 2, {"code": "usage", "message": "command 'domstate' requires <domain>", "effect": "none"}),
+        (
+            "domstate vm9",
+            1,
+            {"code": "unknown-vm", "message": "there is no VM 'vm9'", "effect": "none"},
+        ),
+        (
+            "domstate",
+            2,
+            {"code": "usage", "message": "command 'domstate' requires <domain>", "effect": "none"},
+        ),
         ("domstate vm1 --nonsense", 2, {"code": "usage", "effect": "none"}),
         ("no-such-verb", 2, {"code": "usage", "effect": "none"}),
         ("", 2, {"code": "usage", "effect": "none"}),
         ("snapshot-info vm1", 2, {"message": "--snapshotname or --current is required"}),
         ("snapshot-create-as vm1 s1", 1, {"code": "snapshot-exists"}),
-        ("snapshot-create-as vm1 a/b", 1, {"code": "bad-request", "message": "request.name: invalid name 'a/b': it must not contain '/'"}),
+        ("snapshot-create-as vm1 a/b", 1, {"code": "bad-request", "message": NAME_WITH_SLASH}),
         ("snapshot-create-as vm1 s9 --strategy magic", 2, {"code": "usage"}),
-        ("--socket /nowhere list", 1, {"code": "control", "message": "cannot reach qsnapd: no daemon listens at /nowhere"}),
+        (
+            "--socket /nowhere list",
+            1,
+            {"code": "control", "message": "cannot reach qsnapd: no daemon listens at /nowhere"},
+        ),
     ],
-)  # fmt: skip
+)
 async def test_errors(served: Served, line: str, status: int, error: dict[str, str]) -> None:
     told = json.loads(await run(served, f"--json {line}", status))
     assert set(told) == {"code", "message", "effect"}

@@ -62,7 +62,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the configuration .*: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*: No such file"):
         config.load(tmp_path / "missing.toml")
     (tmp_path / "latin1.toml").write_bytes(b"# \xff\n")
     with pytest.raises(ConfigError, match="not valid TOML"):

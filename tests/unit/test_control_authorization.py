@@ -2,9 +2,9 @@
 
 import grp
 import os
-import socket
 
 import pytest
+import trio
 
 from qsnapd.control.authorization import Access, Peer, Role, require
 from qsnapd.errors import AccessDenied, ConfigError
@@ -33,7 +33,7 @@ def test_the_daemons_own_user_is_admin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernel_tells_who_it_is() -> None:
-    ours, theirs = socket.socketpair()
+    ours, theirs = trio.socket.socketpair()
     with ours, theirs:
         peer = Peer.of(ours)
     assert (peer.pid, peer.uid) == (os.getpid(), os.getuid())

@@ -46,7 +46,7 @@ async def test_a_living_daemons_socket_is_left_alone(tmp_path: Path) -> None:
         assert path.is_socket()
 
 
-async def test_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     path.write_text("precious")
     with pytest.raises(ControlError, match="no socket lies there"):
@@ -54,7 +54,7 @@ async def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "precious"
 
 
-async def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
+def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / ("x" * 120), tmp_path / "missing" / "socket"):
         with pytest.raises(ControlError, match="cannot listen at"):
             open_listener(path, Access())

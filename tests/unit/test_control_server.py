@@ -1,6 +1,7 @@
 """The server on a real unix socket: what it answers, and whom it does not let hurt others."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import Manifest
 from tests.unit.control_host import GIB, Served
 
+INVALID = "org.varlink.service.InvalidParameter"
+
 
 async def receive(stream: trio.SocketStream) -> dict[str, Any]:
     """Read one reply; the tests never have two under way unless they say so."""
@@ -29,12 +32,12 @@ async def receive(stream: trio.SocketStream) -> dict[str, Any]:
     return message
 
 
-async def send(stream: trio.SocketStream, method: str, **rest: Any) -> None:
+async def send(stream: trio.SocketStream, method: str, **rest: object) -> None:
     interface = "" if "." in method else "io.qsnapd."
     await stream.send_all(json.dumps({"method": interface + method, **rest}).encode() + b"\0")
 
 
-async def ask(stream: trio.SocketStream, method: str, **parameters: Any) -> dict[str, Any]:
+async def ask(stream: trio.SocketStream, method: str, **parameters: object) -> dict[str, Any]:
     await send(stream, method, parameters=parameters)
     return await receive(stream)
 
@@ -129,6 +132,7 @@ async def test_errors_carry_their_typed_fields(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def full(name: str) -> None:
+        await trio.lowlevel.checkpoint()
         raise StoreFull("/s", needed_bytes=10, free_bytes=3)
 
     async with Served.at(tmp_path) as served, await served.connect() as stream:
@@ -156,21 +160,46 @@ async def test_subscribe_says_when_it_listens_and_stops_with_the_client(tmp_path
         ("Nonsense", {}, "org.varlink.service.MethodNotFound", "io.qsnapd.Nonsense"),
         ("io.other.List", {}, "org.varlink.service.InterfaceNotFound", "io.other"),
         ("org.varlink.service.Nonsense", {}, "org.varlink.service.MethodNotFound", "Nonsense"),
-        ("GetVm", {}, "org.varlink.service.InvalidParameter", "vm"),
-        ("GetVm", {"vm": 5}, "org.varlink.service.InvalidParameter", "vm"),
-        ("GetVm", {"vm": "vm1", "x": 1}, "org.varlink.service.InvalidParameter", "x"),
-        ("GetJob", {"vm": "vm1", "completed": "yes"}, "org.varlink.service.InvalidParameter", "completed"),
-        ("CreateSnapshot", {"vm": "vm1", "request": {"strategy": "magic"}}, "org.varlink.service.InvalidParameter", "request.strategy"),
-        ("CreateSnapshot", {"vm": "vm1", "request": {"name": "a/b"}}, "io.qsnapd.BadRequest", "must not contain '/'"),
-        ("CreateSnapshot", {"vm": "vm1", "request": {"memory_file": "m"}}, "io.qsnapd.BadRequest", "request.memory_file"),
-        ("CreateSnapshot", {"vm": "vm1", "request": {"precopy_limit_s": float("inf")}}, "io.qsnapd.BadRequest", "infinite"),
-        ("CreateSnapshot", {"vm": "vm1", "request": {"name": "s1"}}, "io.qsnapd.SnapshotExists", "s1"),
+        ("GetVm", {}, INVALID, "vm"),
+        ("GetVm", {"vm": 5}, INVALID, "vm"),
+        ("GetVm", {"vm": "vm1", "x": 1}, INVALID, "x"),
+        ("GetJob", {"vm": "vm1", "completed": "yes"}, INVALID, "completed"),
+        (
+            "CreateSnapshot",
+            {"vm": "vm1", "request": {"strategy": "magic"}},
+            INVALID,
+            "request.strategy",
+        ),
+        (
+            "CreateSnapshot",
+            {"vm": "vm1", "request": {"name": "a/b"}},
+            "io.qsnapd.BadRequest",
+            "must not contain '/'",
+        ),
+        (
+            "CreateSnapshot",
+            {"vm": "vm1", "request": {"memory_file": "m"}},
+            "io.qsnapd.BadRequest",
+            "request.memory_file",
+        ),
+        (
+            "CreateSnapshot",
+            {"vm": "vm1", "request": {"precopy_limit_s": float("inf")}},
+            "io.qsnapd.BadRequest",
+            "infinite",
+        ),
+        (
+            "CreateSnapshot",
+            {"vm": "vm1", "request": {"name": "s1"}},
+            "io.qsnapd.SnapshotExists",
+            "s1",
+        ),
         ("GetVm", {"vm": "vm9"}, "io.qsnapd.UnknownVm", "vm9"),
         ("GetSnapshot", {"vm": "vm1", "name": "s9"}, "io.qsnapd.UnknownSnapshot", "s9"),
         ("AbortJob", {"vm": "vm1"}, "io.qsnapd.WrongState", "no job"),
         ("Subscribe", {}, "org.varlink.service.ExpectedMore", ""),
     ],
-)  # fmt: skip
+)
 async def test_refusals_name_what_is_wrong(
     tmp_path: Path, method: str, parameters: dict[str, Any], error: str, about: str
 ) -> None:
@@ -221,7 +250,7 @@ async def test_a_client_that_leaves_in_the_middle_hurts_nobody(tmp_path: Path) -
 
 
 async def test_a_client_that_does_not_read_is_dropped(autojump_clock: object) -> None:
-    ours, theirs = trio.testing.memory_stream_pair()
+    ours, _theirs = trio.testing.memory_stream_pair()
     ours.send_stream.send_all_hook = trio.sleep_forever
     with pytest.raises(PeerGone):
         await Wire(ours).send({"parameters": {}})
@@ -255,10 +284,8 @@ async def test_a_hundred_connections_of_one_user_leave_room_for_others(
 
 
 async def _answer_or_refusal(stream: trio.SocketStream) -> str:
-    try:
+    with suppress(trio.BrokenResourceError):  # refused already; the reason can be read
         await send(stream, "ListVms")
-    except trio.BrokenResourceError:
-        pass  # refused already; the reason is there to be read
     reply = await receive(stream)
     if reply.get("error") == "io.qsnapd.ControlError":
         assert "40 connections" in reply["parameters"]["message"]
@@ -268,6 +295,7 @@ async def _answer_or_refusal(stream: trio.SocketStream) -> str:
 
 async def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def buggy(name: str) -> None:
+        await trio.lowlevel.checkpoint()
         raise OSError("nobody expected this")
 
     with pytest.RaisesGroup(OSError, flatten_subgroups=True, allow_unwrapped=True):

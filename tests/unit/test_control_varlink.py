@@ -1,6 +1,6 @@
 """A Varlink client that nobody here wrote."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ async def test_list(tmp_path: Path) -> None:
 
 
 async def test_create_with_progress(tmp_path: Path) -> None:
-    def create(path: Path, job_move: Any) -> list[dict[str, Any]]:
+    def create(path: Path, job_move: Callable[[Phase, int], None]) -> list[dict[str, Any]]:
         replies = []
         with opened(path) as qsnapd:
             request = {"name": "s3", "live": True, "strategy": "background"}
@@ -71,10 +71,12 @@ async def test_create_with_progress(tmp_path: Path) -> None:
 
 async def test_cancel_from_another_connection(tmp_path: Path) -> None:
     def create(path: Path) -> varlink.VarlinkError:
-        with opened(path) as qsnapd, pytest.raises(varlink.VarlinkError) as caught:
-            for _ in qsnapd.CreateSnapshot("vm1", {}, _more=True):
-                with opened(path) as other:
-                    other.AbortJob("vm1")
+        with opened(path) as qsnapd, opened(path) as other:
+            replies = qsnapd.CreateSnapshot("vm1", {}, _more=True)
+            assert next(replies)["job"]["phase"] == "preparing"
+            other.AbortJob("vm1")
+            with pytest.raises(varlink.VarlinkError) as caught:
+                next(replies)
         return caught.value
 
     async with Served.at(tmp_path) as served:
