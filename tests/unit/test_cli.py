@@ -90,7 +90,7 @@ async def test_the_line_of_a_virsh_script(served: Served, tmp_path: Path) -> Non
 async def test_every_option_arrives(served: Served) -> None:
     line = (
         "snapshot-create-as --strategy precopy --image-format mapped-ram --memspec file=/m "
-        "--no-hash --timeout 2.5 --max-size 4096 --on-limit abort --atomic --domain vm1 "
+        "--hash --timeout 2.5 --max-size 4096 --on-limit abort --atomic --domain vm1 "
         "--diskspec vdb,snapshot=no s9 words vdc,file=/c"
     )
     await run(served, line)
@@ -105,7 +105,7 @@ async def test_every_option_arrives(served: Served) -> None:
                 DiskRequest(target="vdb", snapshot="no"),
                 DiskRequest(target="vdc", file="/c"),
             ),
-            hash_memory=False,
+            hash_memory=True,
             precopy_limit_s=2.5,
             precopy_limit_bytes=4096,
             on_limit="abort",
