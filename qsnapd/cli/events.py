@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import click
@@ -48,6 +47,8 @@ def add_to(group: click.Group) -> None:
                 click.echo(json.dumps(happened) if cli.json else _line(happened, timestamp))
                 if not loop:
                     break
+        except KeyboardInterrupt:
+            pass  # the way to end a loop
         except TimeoutError:
             if not count:
                 raise _NothingHeard(f"no event within {timeout:g} s") from None
@@ -58,8 +59,8 @@ def add_to(group: click.Group) -> None:
 def _events(
     cli: Cli, vm: str | None, kinds: tuple[str, ...], limit_s: float | None
 ) -> Iterator[dict[str, Any]]:
-    """Yield events until Ctrl-C, or TimeoutError."""
-    with cli.connect() as client, suppress(KeyboardInterrupt):
+    """Yield events until TimeoutError."""
+    with cli.connect() as client:
         for reply in client.stream("Subscribe", limit_s=limit_s, vm=vm, kinds=list(kinds)):
             if reply["event"] is not None:
                 yield reply["event"]

@@ -23,6 +23,10 @@ from qsnapd.model.base import Frozen
 MAX_CONNECTIONS = 256
 MAX_CONNECTIONS_PER_USER = 64
 
+_ERROR_FIELDS: dict[type, list[str]] = {
+    error: list(interface.error_fields(error)) for error in interface.error_classes()
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -77,11 +81,10 @@ class Server:
             self._connections[peer.uid] -= 1
 
     async def _converse(self, wire: Wire, peer: Peer) -> None:
-        role = self._access.role(peer)
         try:
             self._check_room_for(peer)
             while (frame := await wire.receive()) is not None:
-                await self._serve(wire, _Call.parse(frame), role)
+                await self._serve(wire, _Call.parse(frame), peer)
             return
         except ControlError as exc:
             log.info("closing the connection of pid %d: %s", peer.pid, exc)
@@ -94,18 +97,18 @@ class Server:
         if self._connections.total() > MAX_CONNECTIONS:
             raise ControlError(f"there are {MAX_CONNECTIONS} connections already")
 
-    async def _serve(self, wire: Wire, call: _Call, role: Role) -> None:
+    async def _serve(self, wire: Wire, call: _Call, peer: Peer) -> None:
         if call.oneway:
-            await self._reply(wire, call, role)
+            await self._reply(wire, call, peer)
         elif call.more:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when_closed, wire, nursery.cancel_scope)
-                await wire.send(await self._reply(wire, call, role))
+                await wire.send(await self._reply(wire, call, peer))
                 nursery.cancel_scope.cancel()
         else:
-            await wire.send(await self._reply(wire, call, role))
+            await wire.send(await self._reply(wire, call, peer))
 
-    async def _reply(self, wire: Wire, call: _Call, role: Role) -> Message:
+    async def _reply(self, wire: Wire, call: _Call, peer: Peer) -> Message:
         async def more(reply: Frozen) -> None:
             await wire.send({"parameters": reply.model_dump(mode="json"), "continues": True})
 
@@ -113,7 +116,9 @@ class Server:
             if call.method.startswith(f"{interface.SERVICE}."):
                 return {"parameters": _introspect(call)}
             method = _parse(call)
-            require(role, method.needed_role(), type(method).__name__)
+            require(self._access.role(peer), method.needed_role(), type(method).__name__)
+            if method.role > Role.READER:
+                log.info("pid %d, uid %d: %s", peer.pid, peer.uid, call.method)
             reply = await method.answer(self._host, None if call.oneway or not call.more else more)
             return {"parameters": reply.model_dump(mode="json")}
         except QsnapError as exc:
@@ -185,17 +190,12 @@ def _introspect(call: _Call) -> Message:
 
 
 def _failure(error: QsnapError) -> Message:
-    known = next(cls for cls in type(error).__mro__ if cls in _ERRORS)
-    said = {name: getattr(error, name) for name in _ERRORS[known]}
+    known = next(cls for cls in type(error).__mro__ if cls in _ERROR_FIELDS)
+    said = {name: getattr(error, name) for name in _ERROR_FIELDS[known]}
     return {
         "error": f"{interface.NAME}.{known.__name__}",
         "parameters": {"code": error.code, "message": str(error), **said},
     }
-
-
-_ERRORS: dict[type, list[str]] = {
-    error: list(interface.error_fields(error)) for error in interface.error_classes()
-}
 
 
 async def _cancel_when_closed(wire: Wire, scope: trio.CancelScope) -> None:

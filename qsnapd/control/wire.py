@@ -46,6 +46,7 @@ class Wire:
             next one begins is not known.
           PeerGone: the connection broke.
         """
+        await trio.lowlevel.checkpoint()  # a heap of requests must not keep others waiting
         if not self._buffer:
             with trio.move_on_after(self._idle_limit_s):
                 await self._fill()

@@ -92,7 +92,8 @@ class Checkpoint:
         except BaseException as exc:
             # Committed all the same? Then the next start settles it, by the journal.
             if plan.name not in store.snapshots():
-                await self._undo(plan, exc)
+                with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+                    await self._undo(plan, exc)
             raise
         await self._settle(plan)
         return manifest
@@ -141,28 +142,33 @@ class Checkpoint:
         self._store.commit(plan.name, manifest)
 
     async def _undo(self, plan: CheckpointPlan, cause: BaseException) -> None:
-        """Put everything back, whoever cancels; the journal stays if that fails."""
+        """Put everything back; the journal stays if that fails, for the next attempt.
+
+        Raises: GuestLeftPaused: the one failure that is worse than *cause*.
+        """
         self._job.enter(Phase.UNDOING)
-        with trio.CancelScope(shield=True), trio.move_on_after(UNDO_LIMIT_S) as patience:
-            entry = await trio.to_thread.run_sync(self._store.journal.read)
-            assert entry is not None, "the journal holds the plan until the job has ended"
-            try:
-                await put_back(self._vm, entry)
-                await trio.to_thread.run_sync(self._store.unstage, plan.name)
-                await trio.to_thread.run_sync(self._store.journal.clear)
-            except GuestLeftPaused as exc:
-                raise exc from cause
-            except QsnapError as exc:
-                _log.error("VM %s: undoing %s is not finished: %s", plan.vm, plan.name, exc)
-                if isinstance(cause, QsnapError):
-                    cause.effect = Effect.UNKNOWN
-                return
+        self._set_effect(cause, Effect.UNKNOWN)
+        entry = await trio.to_thread.run_sync(self._store.journal.read)
+        assert entry is not None, "the journal holds the plan until the job has ended"
+        try:
+            await put_back(self._vm, entry)
+            await trio.to_thread.run_sync(self._store.unstage, plan.name)
+            await trio.to_thread.run_sync(self._store.journal.clear)
+        except GuestLeftPaused as exc:
+            raise exc from cause
+        except QsnapError as exc:
+            _log.error("VM %s: undoing %s is not finished: %s", plan.vm, plan.name, exc)
+        else:
+            self._set_effect(cause, Effect.ROLLED_BACK)
+
+    def _set_effect(self, cause: BaseException, effect: Effect) -> None:
+        self._job.effect = effect
         if isinstance(cause, QsnapError):
-            cause.effect = Effect.UNKNOWN if patience.cancelled_caught else Effect.ROLLED_BACK
+            cause.effect = effect
 
     async def _settle(self, plan: CheckpointPlan) -> None:
         """After the commit: what is left to tidy up, none of which can harm the snapshot."""
-        with trio.CancelScope(shield=True), trio.move_on_after(SETTLE_LIMIT_S):
+        with trio.move_on_after(SETTLE_LIMIT_S, shield=True):
             try:
                 await settle_committed(self._vm, plan, self._store)
             except QsnapError as exc:

@@ -9,6 +9,12 @@ from qsnapd.errors import Effect, JobCancelled, QsnapError, WrongState
 from qsnapd.model.job import JobInfo, JobKind, Phase, Progress
 from qsnapd.model.snapshot import Manifest
 
+_OUTCOMES = {
+    Effect.NONE: "nothing had been touched",
+    Effect.ROLLED_BACK: "everything is as before",
+    Effect.UNKNOWN: "undoing it is not finished, and is tried again when the VM answers",
+}
+
 
 class Job:
     """Runs once. The VM's supervisor owns it; clients look at it and may cancel it."""
@@ -28,6 +34,8 @@ class Job:
         self.phase = Phase.PREPARING
         self.progress = Progress()
         self.error: QsnapError | None = None
+        self.effect = Effect.NONE
+        """What is true if the job ends now; kept by the work."""
         self._publish = publish
         self._started_at = datetime.now(UTC)
         self._started_s = trio.current_time()
@@ -104,8 +112,8 @@ class Job:
                 self._result = await work()
             if self._result is None:
                 self.error = JobCancelled(
-                    f"the job on VM {self.vm} was cancelled; everything is as before",
-                    effect=Effect.ROLLED_BACK,
+                    f"the job on VM {self.vm} was cancelled; {_OUTCOMES[self.effect]}",
+                    effect=self.effect,
                 )
         except QsnapError as exc:
             self.error = exc

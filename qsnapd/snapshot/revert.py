@@ -36,7 +36,7 @@ from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import read_disks
-from qsnapd.vm.process import Started, kill, start, wait_ended, wait_gone
+from qsnapd.vm.process import KILL_LIMIT_S, Started, kill, start, wait_ended, wait_gone
 from qsnapd.vm.tracker import Tracker
 
 DETACH_LIMIT_S = 30.0
@@ -97,7 +97,8 @@ class Revert:
             try:
                 vm = await self._switch(plan, manifest.machine.process)
             except QsnapError:
-                await trio.to_thread.run_sync(self._forget, entry)
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._forget, entry)
                 raise
             await trio.to_thread.run_sync(store.set_current, manifest.name)
             await trio.to_thread.run_sync(store.journal.clear)
@@ -155,7 +156,8 @@ class Revert:
                     await load_memory(vm, memory, plan.image_format, self._job)
             except (QsnapError, trio.TooSlowError):
                 kill(vm.identity)  # it has not run: nothing is lost with it
-                await wait_gone(vm.identity)
+                with trio.move_on_after(KILL_LIMIT_S, shield=True):
+                    await wait_gone(vm.identity)
                 raise
             return vm
         except (QsnapError, trio.TooSlowError) as exc:

@@ -73,10 +73,13 @@ def _differences(wanted: set[str], now: Mapping[str, bool]) -> dict[str, bool]:
 
 def choose_strategy(request: CreateRequest, now: Situation) -> Strategy:
     """The strategy asked for by name, or the best of the kind asked for."""
-    background_known = "background-snapshot" in now.capabilities
     if request.strategy is Strategy.BACKGROUND:
-        if not background_known:
-            raise CapabilityMissing("this QEMU has no background-snapshot (it came with 6.0)")
+        if now.background_refusal is not None:
+            raise CapabilityMissing(
+                f"the background strategy is not to be had here: {now.background_refusal}. It "
+                "needs userfaultfd: QEMU as root, or access to /dev/userfaultfd, or sysctl "
+                "vm.unprivileged_userfaultfd=1. --live alone takes what works"
+            )
         if not now.running and not now.at_least_10:
             raise CapabilityMissing(
                 "the VM is paused, and background-snapshot of QEMU before 9.0 would resume it: "
@@ -86,7 +89,7 @@ def choose_strategy(request: CreateRequest, now: Situation) -> Strategy:
         return request.strategy
     if not request.live:
         return Strategy.STOPPED
-    if now.at_least_10 and background_known:
+    if now.at_least_10 and now.background_refusal is None:
         return Strategy.BACKGROUND
     return Strategy.PRECOPY if now.running else Strategy.STOPPED
 

@@ -5,17 +5,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import trio
+
+from qsnapd.errors import CommandRefused
 from qsnapd.model.state import Condition
 from qsnapd.qmp.block import JobInfo, QueryJobs
 from qsnapd.qmp.commands import QueryFdsets, QueryStatus
 from qsnapd.qmp.migration import (
+    MigrateSetCapabilities,
     MigrationInfo,
     QueryMigrate,
     QueryMigrateCapabilities,
     QueryMigrateParameters,
 )
+from qsnapd.qmp.session import QmpSession
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import Disk, read_disks
+
+BACKGROUND = "background-snapshot"
+RESET_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Situation:
     at_least_10: bool
     commands: frozenset[str]
     capabilities: Mapping[str, bool]
+    background_refusal: str | None
+    """Why QEMU will not save in the background on this host; None if it will."""
     parameters: Mapping[str, Any]
     migration: MigrationInfo
     jobs: tuple[JobInfo, ...]
@@ -47,7 +57,8 @@ async def look(
     """Ask QEMU for all of it; nothing changes."""
     session = vm.session
     status = await session.execute(QueryStatus())
-    capabilities = await session.execute(QueryMigrateCapabilities())
+    entries = await session.execute(QueryMigrateCapabilities())
+    capabilities = {entry.capability: entry.state for entry in entries}
     return Situation(
         vm=vm.name,
         condition=vm.tracker.condition,
@@ -55,7 +66,8 @@ async def look(
         running=status.running,
         at_least_10=vm.at_least_10,
         commands=vm.commands,
-        capabilities={entry.capability: entry.state for entry in capabilities},
+        capabilities=capabilities,
+        background_refusal=await _try_background(session, capabilities),
         parameters=await session.execute(QueryMigrateParameters()),
         migration=await session.execute(QueryMigrate()),
         jobs=tuple(await session.execute(QueryJobs())),
@@ -66,3 +78,18 @@ async def look(
         current=current,
         directory=directory,
     )
+
+
+async def _try_background(session: QmpSession, now: Mapping[str, bool]) -> str | None:
+    """Switch the capability on and off again: QEMU checks the host's userfaultfd only then."""
+    if BACKGROUND not in now:
+        return "this QEMU does not know background-snapshot (it came with 6.0)"
+    alone = {name: name == BACKGROUND for name, on in now.items() if on != (name == BACKGROUND)}
+    try:
+        await session.execute(MigrateSetCapabilities.of(alone))
+    except CommandRefused as exc:
+        return exc.desc
+    finally:
+        with trio.fail_after(RESET_LIMIT_S, shield=True):
+            await session.execute(MigrateSetCapabilities.of({name: now[name] for name in alone}))
+    return None

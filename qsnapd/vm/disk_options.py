@@ -143,7 +143,9 @@ class DiskOptions:
         key = f"{node}driver"
         if option.name == "drive" and key not in fields:
             key = f"{node}format"
-        if fields.get(key) not in _FORMATS:
+        # -drive takes file=... for a protocol's own file name, too.
+        known = _FORMATS | _PROTOCOLS if option.name == "drive" and not node else _FORMATS
+        if fields.get(key) not in known:
             raise Blocked(f"{option}: qsnapd cannot put an overlay over {fields[key]!r}")
         for name in fields:
             if name in (f"{node}offset", f"{node}size"):

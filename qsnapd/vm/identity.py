@@ -6,7 +6,7 @@ A process is its pid together with its start time: a pid alone may come to mean 
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import trio
 
 from qsnapd.errors import SessionLost, VmError
 from qsnapd.model.snapshot import FileIdentity, Process
+from qsnapd.vm.argv import Fields, parse_options
 from qsnapd.vm.peer import pid_of_peer
 from qsnapd.vm.proc import FileKey, open_files, proc_errors, start_time_ticks, status_of
 
@@ -26,6 +27,7 @@ _ENVIRONMENT = (
     "LC_ALL",
     "PATH",
     "PULSE_SERVER",
+    "PWD",
     "TMPDIR",
     "TZ",
     "WAYLAND_DISPLAY",
@@ -86,14 +88,19 @@ def read_process(identity: ProcessIdentity) -> Process:
     place = Path(f"/proc/{identity.pid}")
     status = status_of(identity.pid)
     with proc_errors(identity.pid):
+        argv = _words((place / "cmdline").read_bytes())
+        environment = dict(_worth_keeping((place / "environ").read_bytes()))
+        options = {option.name: option.value or "" for option in parse_options(argv[1:])}
+        # What began as root and then gave that up has to begin as root again.
+        was_root = _gives_up_root(options)
         process = Process(
             exe=str((place / "exe").readlink()),
-            argv=_words((place / "cmdline").read_bytes()),
-            cwd=str((place / "cwd").readlink()),
-            uid=int(status["Uid"].split()[_EFFECTIVE]),
-            gid=int(status["Gid"].split()[_EFFECTIVE]),
-            groups=tuple(int(group) for group in status["Groups"].split()),
-            environment=tuple(_worth_keeping((place / "environ").read_bytes())),
+            argv=argv,
+            cwd=_started_in(str((place / "cwd").readlink()), options, environment),
+            uid=0 if was_root else int(status["Uid"].split()[_EFFECTIVE]),
+            gid=0 if was_root else int(status["Gid"].split()[_EFFECTIVE]),
+            groups=() if was_root else tuple(map(int, status["Groups"].split())),
+            environment=tuple(environment.items()),
         )
     ensure_same(identity)
     return process
@@ -166,6 +173,22 @@ def _plain(name: str) -> str:
     while isinstance(node, dict) and "filename" not in node:
         node = node.get("file")
     return str(node["filename"]) if isinstance(node, dict) else name
+
+
+def _gives_up_root(options: Mapping[str, str]) -> bool:
+    run_with = Fields.parse(options.get("run-with", ""))  # since QEMU 9.0
+    return not {"runas", "chroot"}.isdisjoint(options) or not {"user", "chroot"}.isdisjoint(
+        run_with
+    )
+
+
+def _started_in(cwd: str, options: Mapping[str, str], environment: Mapping[str, str]) -> str:
+    """Where relative names on the command line begin, as well as can be known."""
+    if cwd == "/" and "daemonize" in options:
+        # It has moved there itself. A shell, and qsnapd, leave in PWD where it was started.
+        told = environment.get("PWD", "")
+        return told if os.path.isabs(told) and os.path.isdir(told) else cwd
+    return cwd
 
 
 def _words(text: bytes) -> tuple[str, ...]:

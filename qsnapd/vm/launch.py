@@ -170,8 +170,8 @@ def _match(
             meant is not None and meant == (identify(link.path) or (link.device, link.inode))
         ):
             return _Found(mention, rank)
-    if meant is None and not os.path.isabs(name) and _daemonized(process):
-        # -daemonize moves to "/", and a relative name no longer tells where it began.
+    if not os.path.isabs(name) and _daemonized(process):
+        # -daemonize moves to "/": where QEMU was started may not be known, but the image is.
         for rank, link in enumerate(chain):
             if link.path.endswith(f"/{name}"):
                 return _Found(mention, rank, cwd=link.path.removesuffix(name).rstrip("/") or "/")

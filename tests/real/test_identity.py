@@ -3,15 +3,14 @@
 import os
 import signal
 import socket
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from qsnapd.model.snapshot import Machine, Process
+from qsnapd.model.snapshot import Machine
 from qsnapd.vm.identity import (
     ProcessIdentity,
     key_of,
@@ -29,29 +28,29 @@ each_qemu = pytest.mark.parametrize("qemu", qemu_versions(), ids=str)
 LIMIT_S = 30.0
 
 
-def start(executable: Path | str, argv: tuple[str, ...], cwd: Path | str) -> None:
-    """Return once QEMU has gone into the background: its monitor listens then."""
-    subprocess.run(
-        argv, executable=executable, cwd=cwd, stdin=subprocess.DEVNULL, timeout=LIMIT_S, check=True
-    )
+@asynccontextmanager
+async def running(
+    executable: Path | str, argv: tuple[str, ...], cwd: Path, *, pwd: str
+) -> AsyncIterator[ProcessIdentity]:
+    """Start a QEMU that goes into the background; when the block ends it has been killed.
 
-
-@contextmanager
-def connected(address: Path) -> Iterator[socket.socket]:
+    Yields who answers at its monitor, which is the socket "qmp" in *cwd*.
+    """
+    with trio.fail_after(LIMIT_S):
+        await trio.run_process(argv, executable=executable, cwd=cwd, env={**os.environ, "PWD": pwd})
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(LIMIT_S)
-        sock.connect(str(address))
+        sock.connect(str(cwd / "qmp"))
         assert b"QMP" in sock.recv(4096)
-        yield sock
-
-
-async def end(identity: ProcessIdentity) -> None:
+        identity = peer_of(sock)
+    assert identity.pid == int((cwd / "pid").read_text())
     pidfd = open_pidfd(identity)
     try:
-        os.kill(identity.pid, signal.SIGKILL)
-        with trio.fail_after(LIMIT_S):
-            await wait_exit(pidfd)
+        yield identity
     finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with trio.fail_after(LIMIT_S, shield=True):
+            await wait_exit(pidfd)
         os.close(pidfd)
 
 
@@ -59,21 +58,16 @@ async def end(identity: ProcessIdentity) -> None:
 async def test_a_daemonized_qemu_with_relative_names_starts_again(
     qemu: Qemu, tmp_path: Path
 ) -> None:
-    image, overlay, address = (tmp_path / name for name in ("d.raw", "new.qcow2", "qmp"))
-    create = [qemu.img, "create", "-q"]
+    image, overlay = tmp_path / "d.raw", tmp_path / "new.qcow2"
+    create: list[str | Path] = [qemu.img, "create", "-q"]
     await trio.run_process([*create, "-f", "raw", image, "4M"])
     await trio.run_process([*create, "-f", "qcow2", "-b", image, "-F", "raw", overlay])
-    words = "-nodefaults -display none -accel tcg -daemonize -pidfile pid -qmp unix:qmp,server=on"
-    argv = (str(qemu.system), *words.split(), "-drive", "file=d.raw,format=raw,if=virtio")
-    start(qemu.system, argv, tmp_path)
-    with connected(address) as sock:
-        old = peer_of(sock)
-    try:
-        assert old.pid == int((tmp_path / "pid").read_text())
-        process = read_process(old)
-        found = resolve_image_path(old.pid, "d.raw")
-    finally:
-        await end(old)
+    words = "-nodefaults -display none -accel tcg -daemonize -pidfile pid"
+    monitor = ("-qmp", "unix:qmp,server=on,wait=off")
+    argv = (str(qemu.system), *words.split(), *monitor, "-drive", "file=d.raw,format=raw,if=virtio")
+    async with running(qemu.system, argv, tmp_path, pwd="/nowhere") as identity:
+        process = read_process(identity)
+        found = resolve_image_path(identity.pid, "d.raw")
     assert found is not None
     assert (process.argv, process.cwd) == (argv, "/")
     assert found.path == str(image)
@@ -81,15 +75,12 @@ async def test_a_daemonized_qemu_with_relative_names_starts_again(
     machine = Machine(type="pc-i440fx-7.2", ram_bytes=1 << 27, process=process)
     disk = MovedDisk("vda", (found,), str(overlay))
     plan = plan_launch(process, machine, [disk], identify=key_of)
-    start(plan.executable, plan.argv, plan.cwd)
-    with connected(address) as sock:
-        new = peer_of(sock)
-    try:
-        again: Process = read_process(new)
-        assert (new.pid, again.argv) == (int((tmp_path / "pid").read_text()), plan.argv)
-        assert resolve_image_path(new.pid, str(overlay)) is not None
-        # And once more, from a command line that is our own already.
-        twice = plan_launch(again, machine, [disk], identify=key_of)
-        assert twice.argv == plan.argv
-    finally:
-        await end(new)
+    assert plan.cwd == str(tmp_path)
+    async with running(plan.executable, plan.argv, tmp_path, pwd=plan.cwd) as identity:
+        again = read_process(identity)
+        assert (again.argv, again.cwd) == (plan.argv, str(tmp_path))
+        now = resolve_image_path(identity.pid, str(overlay))
+    assert now is not None
+    # And once more, from a command line that is our own already.
+    disk = MovedDisk("vda", (now, found), str(overlay))
+    assert plan_launch(again, machine, [disk], identify=key_of) == plan

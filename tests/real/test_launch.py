@@ -24,6 +24,7 @@ SPELLINGS = {
     "drive": ["-M", "q35", "-drive", "file={qcow2},format=qcow2,if=virtio,cache=none,aio=threads"],
     "drive-raw": ["-drive", "file={raw},format=raw,if=none,id=d", "-device", "virtio-blk,drive=d"],
     "drive-file": ["-drive", "driver=raw,file.filename={raw},file.locking=off,if=virtio"],
+    "drive-format-file": ["-drive", "file={raw},format=file,if=virtio,cache=unsafe"],
     "drive-protocol": ["-drive", "driver=file,filename={raw},if=virtio"],
     "hda": ["-m", "32", "-hda", "{qcow2}", "-S"],
     "bare-word": ["{qcow2}", "-machine", "usb=off"],

@@ -8,16 +8,27 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qsnapd.control import server as server_module
 from qsnapd.control.authorization import Access, Role
+from qsnapd.control.methods import METHODS
 from qsnapd.control.wire import MAX_REQUEST_BYTES, PeerGone, Wire
-from qsnapd.errors import ControlError, StoreFull
+from qsnapd.errors import ControlError, QsnapError, StoreFull
 from qsnapd.model.job import Phase
 from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import Manifest
 from tests.unit.control_host import GIB, Served
 
+JSON = st.dictionaries(
+    st.sampled_from(["vm", "request", "id", "name", "kinds"]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    ),
+)
 INVALID = "org.varlink.service.InvalidParameter"
 
 
@@ -237,6 +248,13 @@ async def test_nonsense_gets_an_error_and_a_closed_connection(
             assert (await receive(stream))["error"] == "io.qsnapd.ControlError"
             assert await stream.receive_some(1) == b""
         assert "parameters" in await ask(bystander, "ListVms")
+
+
+@given(method=st.sampled_from(sorted(METHODS)), parameters=JSON)
+def test_no_parameters_are_a_bug(method: str, parameters: dict[str, object]) -> None:
+    frame = json.dumps({"method": f"io.qsnapd.{method}", "parameters": parameters, "more": True})
+    with suppress(QsnapError, server_module._ServiceError):
+        assert server_module._parse(server_module._Call.parse(frame.encode())) is not None
 
 
 async def test_a_client_that_leaves_in_the_middle_hurts_nobody(tmp_path: Path) -> None:

@@ -117,6 +117,27 @@ def test_a_process_is_read_as_it_was_started(tmp_path: Path) -> None:
     assert "MY_SECRET" not in environment
 
 
+@pytest.mark.parametrize(
+    "words", [("-runas", "u"), ("--chroot", "/c"), ("-run-with", "async-teardown=on,user=u")]
+)
+def test_what_gave_up_root_is_started_again_as_root(words: tuple[str, ...]) -> None:
+    with python(READY_THEN_WAIT, "-name", "-runas", cwd=Path("/")) as child:
+        assert read_process(identify(child.pid)).uid == os.geteuid()
+    with python(READY_THEN_WAIT, *words) as child:
+        process = read_process(identify(child.pid))
+    assert (process.uid, process.gid, process.groups) == (0, 0, ())
+
+
+def test_a_daemonized_process_began_where_its_environment_says(tmp_path: Path) -> None:
+    for word, pwd, cwd in [
+        ("-daemonize", str(tmp_path), str(tmp_path)),
+        ("--daemonize", str(tmp_path / "gone"), "/"),
+        ("-S", str(tmp_path), "/"),
+    ]:
+        with python(READY_THEN_WAIT, word, cwd=Path("/"), PWD=pwd) as child:
+            assert read_process(identify(child.pid)).cwd == cwd
+
+
 def test_a_process_that_ended_is_session_lost() -> None:
     with python(READY_THEN_WAIT) as child:
         identity = identify(child.pid)
