@@ -59,6 +59,7 @@ class Supervisor:
         """What the next QEMU that attaches stands still for, if a job is starting it."""
         self._publish = publish
         self._qemu_img = qemu_img
+        self._uuid: str | None = None
         self._changed = trio.Event()
         self._hurry = trio.Event()
         self._unsaved = trio.Event()
@@ -110,6 +111,9 @@ class Supervisor:
             self.problem = "an unfinished job of a former daemon is being finished or undone"
             await self.mend(vm)
         _log.info("VM %s: attached to QEMU %s, pid %d", self.name, vm.version.text, vm.identity.pid)
+        if self._uuid not in (None, vm.uuid):
+            _log.warning("VM %s: another VM answers now: UUID %s", self.name, vm.uuid)
+        self._uuid = vm.uuid
         self.problem = None
         self.attached = vm
         self._unsaved.set()

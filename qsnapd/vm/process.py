@@ -54,7 +54,8 @@ def start(
             argv,
             executable=executable,
             cwd=cwd,
-            env=dict(process.environment),
+            # PWD: `-daemonize` leaves "/" as the only trace of where it was started
+            env={**dict(process.environment), "PWD": cwd},
             user=process.uid if privileged else None,
             group=process.gid if privileged else None,
             extra_groups=process.groups if privileged else None,
