@@ -1,8 +1,8 @@
 """The root of the running daemon.
 
-Three nurseries, because they end differently: accepting ends at once, jobs get time to end
-or to undo themselves, and the supervisors, which hold the sessions that jobs need for
-undoing, end last.
+Four nurseries, because they end differently: accepting ends at once, jobs get time to end
+or to undo themselves, their clients a moment to hear how, and the supervisors, which hold
+the sessions that jobs need for undoing, end last.
 """
 
 import logging
@@ -24,6 +24,8 @@ from qsnapd.store.layout import Store
 
 DRAIN_LIMIT_S = 20.0
 """How long a running job may go on after SIGTERM before it is cancelled and undone."""
+LAST_WORDS_LIMIT_S = 0.5
+"""How long clients may take to read the last replies."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,18 +49,26 @@ async def serve(config: Config) -> None:
         async with trio.open_nursery() as watching:
             for supervisor in supervisors.values():
                 watching.start_soon(supervisor.run, name=f"supervise {supervisor.name}")
-            async with trio.open_nursery() as jobs:
-                host = LocalHost(supervisors, events, jobs, qemu_img=settings.qemu_img)
-                await _accept_until_told(config, Server(host, access), access)
-                jobs.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
+            async with trio.open_nursery() as talking:
+                async with trio.open_nursery() as jobs:
+                    host = LocalHost(supervisors, events, jobs, qemu_img=settings.qemu_img)
+                    await _accept_until_told(config, Server(host, access), access, talking)
+                    jobs.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
+                talking.cancel_scope.deadline = trio.current_time() + LAST_WORDS_LIMIT_S
             watching.cancel_scope.cancel()
 
 
-async def _accept_until_told(config: Config, server: Server, access: Access) -> None:
+async def _accept_until_told(
+    config: Config, server: Server, access: Access, talking: trio.Nursery
+) -> None:
     async with trio.open_nursery() as accepting:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             listener = open_listener(config.daemon.socket, access)
-            accepting.start_soon(partial(trio.serve_listeners, server.handle, [listener]))
+            accepting.start_soon(
+                partial(
+                    trio.serve_listeners, server.handle, [listener], handler_nursery=talking
+                )
+            )
             notify("READY=1")
             _log.info("serving %d VMs on %s", len(config.vm), config.daemon.socket)
             async for number in signals:
