@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 async def serve(config: Config) -> None:
     """Run the daemon until SIGTERM or SIGINT.
 
-    On return: no job is running, no guest is held, the control socket is gone.
+    On return: no job is running, no guest is held, nobody is served.
     Raises: StoreError: the state directory cannot be used. ControlError: the socket cannot.
     """
     settings = config.daemon

@@ -2,9 +2,16 @@
 running; a write to a page not yet saved waits until it is.
 """
 
+import trio
+
 from qsnapd.qmp.migration import QueryMigrate
+from qsnapd.qmp.session import QmpSession
+from qsnapd.qmp.transport import QmpEvent
 from qsnapd.snapshot.capture import Capture, Stopwatch
 from qsnapd.snapshot.saving import require_alive, wait_saved
+
+SETUP_LOOK_EVERY_S = 0.1
+"""Backstop between looks at a migration whose next event has not come."""
 
 
 async def capture_background(capture: Capture) -> None:
@@ -22,16 +29,32 @@ async def capture_background(capture: Capture) -> None:
         await capture.halt()
         await capture.pivot()
         watch = Stopwatch()
-        await capture.begin_saving()
-        while True:
-            info = await session.execute(QueryMigrate())
-            if info.ram is not None and info.ram.saved_pages > 0:
-                break
-            require_alive(info)
+        with session.watch("MIGRATION") as events:
+            await capture.begin_saving()
+            await _wait_captured(session, events)
         capture.capture_ms = watch.ms
         if vm.at_least_10:
             await capture.release_at_once()
         else:
             # QEMU <= 8.2 has started the guest itself, right after protecting its memory.
             await capture.release()
-    await wait_saved(session, "completed", watcher=capture.watch)
+    capture.watch(await wait_saved(session, "completed", watcher=capture.watch))
+
+
+async def _wait_captured(
+    session: QmpSession, events: trio.MemoryReceiveChannel[QmpEvent]
+) -> None:
+    """Wait until the first page has been saved; asks QEMU only once that can be.
+
+    In "setup" QEMU touches all of guest RAM: no page is saved, and each question would take
+    CPU time from what the guest is waiting for.
+    Raises: CaptureFailed: the migration has failed, or somebody cancelled it.
+    """
+    while True:
+        info = await session.execute(QueryMigrate())
+        if info.ram is not None and info.ram.saved_pages > 0:
+            return
+        require_alive(info)
+        if info.status == "setup":
+            with trio.move_on_after(SETUP_LOOK_EVERY_S):
+                await events.receive()

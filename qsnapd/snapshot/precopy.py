@@ -44,9 +44,10 @@ async def capture_precopy(capture: Capture) -> None:
         watch = Stopwatch()
         await capture.pivot()
         await session.execute(MigrateContinue())
-        await wait_saved(session, "completed", watcher=capture.watch)
+        info = await wait_saved(session, "completed", watcher=capture.watch)
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
         await capture.leave_postmigrate()
+        capture.watch(info)
 
 
 class _Limit:
