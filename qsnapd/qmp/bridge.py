@@ -56,6 +56,16 @@ class _Tap(QmpEventListener):
         return False
 
 
+class _Client(QMPClient):
+    """The library's client, that spells out messages for the log only if they are logged."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+
 class QmpBridge:
     """One connected monitor; a `QmpTransport` that lives as long as `open_bridge`'s block."""
 
@@ -202,7 +212,7 @@ async def open_bridge(path: Path, *, name: str) -> AsyncIterator[tuple[QmpBridge
     try:
         async with trio_asyncio.open_loop() as loop:
             loop.set_exception_handler(_log_stray)
-            client = QMPClient(name)
+            client = _Client(name)
             await _greet(client, loop, sock, path)
             bridge = QmpBridge(client, loop, sock)
             try:

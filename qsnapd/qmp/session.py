@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import trio
 from pydantic import TypeAdapter, ValidationError
@@ -43,7 +44,7 @@ class QmpSession:
         if command.reply is None:
             return cast(ReplyT, None)
         try:
-            return cast(ReplyT, TypeAdapter(command.reply).validate_python(raw))
+            return cast(ReplyT, _adapter(command.reply).validate_python(raw))
         except ValidationError as exc:
             raise UnexpectedReply(
                 f"QEMU's reply to {command.name} is not understood: {exc.errors()[0]['msg']} "
@@ -79,3 +80,8 @@ class QmpSession:
             self._transport.unlisten(pass_on)
             sender.close()
             receiver.close()
+
+
+@cache  # making one takes longer than QEMU's answer
+def _adapter(reply: Any) -> TypeAdapter[Any]:  # noqa: ANN401 -- any type of a reply
+    return TypeAdapter(reply)

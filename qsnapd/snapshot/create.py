@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from qsnapd.errors import Effect, GuestLeftPaused, QsnapError, StoreError
+from qsnapd.errors import CommandRefused, Effect, GuestLeftPaused, QsnapError, StoreError
 from qsnapd.image.files import create_exclusive, identity, publish, require_space
 from qsnapd.model.job import Phase
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, PivotPlan
@@ -69,12 +69,27 @@ class Checkpoint:
         Raises: RequestError: refused, nothing was touched. VmError, StoreError.
           GuestLeftPaused: the one failure that leaves something: somebody must act.
         """
+        try:
+            return await self._attempt(request)
+        except CommandRefused as exc:
+            # QEMU says only now that this host does not let it save in the background:
+            # plan again, with that known. It is the plan that refuses or takes another way.
+            refused = exc.command == MigrateSetCapabilities.name
+            if not refused or exc.effect is not Effect.ROLLED_BACK:
+                raise
+            self._job.enter(Phase.PREPARING)
+            return await self._attempt(request, background_refusal=exc.desc)
+
+    async def _attempt(
+        self, request: CreateRequest, *, background_refusal: str | None = None
+    ) -> Manifest:
         store = self._store
         now = await look(
             self._vm,
             snapshots=frozenset(store.snapshots()),
             current=store.current(),
             directory=store.directory,
+            background_refusal=background_refusal,
         )
         plan = plan_checkpoint(request, now)
         self._job.snapshot = plan.name
@@ -113,6 +128,8 @@ class Checkpoint:
     async def _prepare(self, plan: CheckpointPlan, entry: JournalEntry) -> MemoryTarget:
         """Make files and nodes; the guest runs and notices nothing."""
         session = self._vm.session
+        if plan.capabilities:  # first, because QEMU may refuse them
+            await session.execute(MigrateSetCapabilities.of(plan.capabilities))
         await trio.to_thread.run_sync(self._store.stage, plan.name)
         memory = await trio.to_thread.run_sync(create_exclusive, Path(plan.memory_partial))
         self._made.callback(os.close, memory)
@@ -122,8 +139,6 @@ class Checkpoint:
         await publish_overlays([pivot.overlay for pivot in plan.pivots])
         for pivot, overlay in zip(plan.pivots, overlays, strict=True):
             await add_overlay_node(session, pivot, overlay)
-        if plan.capabilities:
-            await session.execute(MigrateSetCapabilities.of(plan.capabilities))
         await session.execute(MigrateSetParameters(parameters=plan.parameters))
         target = MemoryTarget(plan, memory)
         await target.hand_over(session)

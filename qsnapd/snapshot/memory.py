@@ -1,8 +1,10 @@
 """The file that the guest's memory goes to, and its way into QEMU's hands."""
 
 import errno
+import fcntl
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from qsnapd.errors import CaptureFailed
@@ -67,6 +69,8 @@ class Drain:
 
     def __init__(self, target: int) -> None:
         self._reader, self.writer = os.pipe2(os.O_CLOEXEC)
+        with suppress(OSError):  # this user has too many large pipes; only slower without
+            fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
         self._target = os.dup(target)
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._copy, name="drain", daemon=True)

@@ -5,25 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trio
-
-from qsnapd.errors import CommandRefused
 from qsnapd.model.state import Condition
 from qsnapd.qmp.block import JobInfo, QueryJobs
 from qsnapd.qmp.commands import QueryFdsets, QueryStatus
 from qsnapd.qmp.migration import (
-    MigrateSetCapabilities,
     MigrationInfo,
     QueryMigrate,
     QueryMigrateCapabilities,
     QueryMigrateParameters,
 )
-from qsnapd.qmp.session import QmpSession
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import Disk, read_disks
 
-BACKGROUND = "background-snapshot"
-RESET_LIMIT_S = 10.0
+UNKNOWN_BACKGROUND = "this QEMU does not know background-snapshot (it came with 6.0)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Situation:
     commands: frozenset[str]
     capabilities: Mapping[str, bool]
     background_refusal: str | None
-    """Why QEMU will not save in the background on this host; None if it will."""
+    """Why QEMU does not save in the background on this host; None: as far as known, it does."""
     parameters: Mapping[str, Any]
     migration: MigrationInfo
     jobs: tuple[JobInfo, ...]
@@ -52,9 +46,18 @@ class Situation:
 
 
 async def look(
-    vm: AttachedVm, *, snapshots: frozenset[str], current: str | None, directory: Path
+    vm: AttachedVm,
+    *,
+    snapshots: frozenset[str],
+    current: str | None,
+    directory: Path,
+    background_refusal: str | None = None,
 ) -> Situation:
-    """Ask QEMU for all of it; nothing changes."""
+    """Ask QEMU for all of it; nothing changes.
+
+    *background_refusal* cannot be asked for: QEMU looks for the host's userfaultfd only when
+    the capability is set, and says so then.
+    """
     session = vm.session
     status = await session.execute(QueryStatus())
     entries = await session.execute(QueryMigrateCapabilities())
@@ -67,7 +70,9 @@ async def look(
         at_least_10=vm.at_least_10,
         commands=vm.commands,
         capabilities=capabilities,
-        background_refusal=await _try_background(session, capabilities),
+        background_refusal=(
+            background_refusal if "background-snapshot" in capabilities else UNKNOWN_BACKGROUND
+        ),
         parameters=await session.execute(QueryMigrateParameters()),
         migration=await session.execute(QueryMigrate()),
         jobs=tuple(await session.execute(QueryJobs())),
@@ -78,18 +83,3 @@ async def look(
         current=current,
         directory=directory,
     )
-
-
-async def _try_background(session: QmpSession, now: Mapping[str, bool]) -> str | None:
-    """Switch the capability on and off again: QEMU checks the host's userfaultfd only then."""
-    if BACKGROUND not in now:
-        return "this QEMU does not know background-snapshot (it came with 6.0)"
-    alone = {name: name == BACKGROUND for name, on in now.items() if on != (name == BACKGROUND)}
-    try:
-        await session.execute(MigrateSetCapabilities.of(alone))
-    except CommandRefused as exc:
-        return exc.desc
-    finally:
-        with trio.fail_after(RESET_LIMIT_S, shield=True):
-            await session.execute(MigrateSetCapabilities.of({name: now[name] for name in alone}))
-    return None

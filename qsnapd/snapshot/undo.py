@@ -102,7 +102,13 @@ async def _unpivot(session: QmpSession, plan: CheckpointPlan) -> None:
         for device in await session.execute(QueryBlock())
         if device.inserted is not None
     }
-    pivoted = [pivot for pivot in plan.pivots if pivot.overlay_node in in_use]
+    # An attempt that was cut off may have left its job, all but dismissed.
+    jobs = {job.id for job in await session.execute(QueryJobs())}
+    pivoted = [
+        pivot
+        for pivot in plan.pivots
+        if pivot.overlay_node in in_use or _commit_job(pivot) in jobs
+    ]
     if not pivoted:
         return
     if plan.nodes_can_be_activated:

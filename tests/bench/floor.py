@@ -52,13 +52,22 @@ class BareMonitor:
         else:
             socket.send_fds(self._socket, [request], [fd])
         while "event" in (message := self._read()):
-            stamp = message["timestamp"]
-            self._events.append(
-                (message["event"], stamp["seconds"] + stamp["microseconds"] / 1e6)
-            )
+            self._note(message)
         if "error" in message:
             raise RuntimeError(f"{command}: {message['error']['desc']}")
         return message["return"]
+
+    def wait_event(self, name: str) -> None:
+        """Wait for the next event called *name*."""
+        seen = ""
+        while seen != name:
+            message = self._read()
+            self._note(message)
+            seen = message["event"]
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        stamp = event["timestamp"]
+        self._events.append((event["event"], stamp["seconds"] + stamp["microseconds"] / 1e6))
 
     def _read(self) -> dict[str, Any]:
         line = self._lines.readline()
@@ -123,8 +132,9 @@ class Floor:
             send("stop")
             send("transaction", {"actions": pivots})
             send("migrate", {"uri": uri})
-            while not _begun(send("query-migrate")):
-                pass
+            while not _begun(now := send("query-migrate")):
+                if now["status"] == "setup":
+                    self._monitor.wait_event("MIGRATION")
             # QEMU <= 8.2 lets the guest run by itself; to be sent one more `cont` is harmless
             send("cont")
         while (status := send("query-migrate")["status"]) != "completed":
@@ -142,8 +152,8 @@ class Floor:
         fdset = next(self._fdsets)
         overlay = f"floor-{fdset}"
         path = self._folder / f"{overlay}.qcow2"
-        create = [self._qemu_img, "create", "-q", "-u", "-f", "qcow2"]
-        create += ["-F", disk.format, "-b", disk.path, path, str(disk.size_bytes)]
+        create = [str(self._qemu_img), "create", "-q", "-u", "-f", "qcow2"]
+        create += ["-F", disk.format, "-b", str(disk.path), str(path), str(disk.size_bytes)]
         subprocess.run(create, check=True)
         self._add_fd(path, os.O_RDWR, fdset)
         file = {"driver": "file", "filename": f"/dev/fdset/{fdset}"}

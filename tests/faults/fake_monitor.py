@@ -15,7 +15,7 @@ import trio
 
 from qsnapd.qmp.transport import EventListener, QmpEvent
 
-COMMAND_S = 0.0005
+COMMAND_S = 0.001
 """How long QEMU takes for a command, by the test's clock."""
 EPOCH_S = 1_800_000_000.0
 """Wall clock at the start of the test's clock."""
@@ -83,6 +83,11 @@ class FakeMonitor:
                 if request.name in self.hangs:
                     await self.hangs[request.name].wait()
                 self._carry_out(request)
+
+    def end(self) -> None:
+        """No command and no work of its own goes on."""
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
 
     def send(self, request: Request) -> None:
         self._sender.send_nowait(request)

@@ -7,6 +7,7 @@ its disks; so a checkpoint is of one instant if memory and frozen disks show the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import trio
@@ -59,7 +60,7 @@ class FakeQemu:
             "query-memdev": [{"id": RAM, "size": RAM_BYTES}],
         }
         for name, answer in answers.items():
-            self.monitor.serve(name, lambda _, answer=answer: answer)
+            self.monitor.serve(name, partial(_given, answer))
         self.monitor.serve("query-status", self._query_status)
         self.monitor.serve("qom-get", self._qom_get)
         self.monitor.serve("stop", self._stop)
@@ -125,7 +126,12 @@ class FakeQemu:
             saving=migration.under_way,
         )
 
-    def close(self) -> None:
-        """The process has ended: its descriptors are closed."""
+    def end(self) -> None:
+        """The process ends: whatever it was doing stops, its descriptors are closed."""
+        self.monitor.end()
         self.blocks.close()
         self.monitor.close()
+
+
+def _given(answer: object, _arguments: Arguments) -> object:
+    return answer

@@ -30,8 +30,8 @@ class FakeTransport:
         self.lost = False
         self.sent: list[str] = []
         """The commands of this connection, in their order."""
-        self.faults: dict[int, Fault] = {}
-        """By the number of the command, the first is 1."""
+        self.faults: dict[int | str, Fault] = {}
+        """By the number of the command, the first is 1; or by its name, then once."""
 
     async def execute(
         self,
@@ -45,7 +45,7 @@ class FakeTransport:
         await trio.lowlevel.checkpoint()
         self._require_connection(name)
         self.sent.append(name)
-        fault = self.faults.get(len(self.sent))
+        fault = self.faults.get(len(self.sent)) or self.faults.pop(name, None)
         if fault is Fault.REFUSED:
             raise CommandRefused(name, "GenericError", "planted")
         if fault is Fault.LOST_BEFORE:

@@ -19,12 +19,12 @@ from qsnapd.qmp.transport import EventListener, QmpEvent
 
 ReplyT = TypeVar("ReplyT")
 Hook = Callable[[Command[Any], int], Awaitable[None]]
-"""Gets a command and its number, counting from 1; what it raises, the job meets."""
+"""Gets a command and the number of its step; what it raises, the job meets."""
 
 REACHED_LIMIT_S = 60.0
 
 
-async def _pass(command: Command[Any], number: int) -> None:
+async def _pass(command: Command[Any], step: int) -> None:
     await trio.lowlevel.checkpoint()
 
 
@@ -36,15 +36,19 @@ class SteeredSession(QmpSession):
         self._before = before
         self._after = after
         self.sent: list[Command[Any]] = []
+        self.steps = 0
+        """Repetitions of a command, as in polling, are one step: their number varies."""
 
     async def execute(
         self, command: Command[ReplyT], *, descriptor: int | None = None
     ) -> ReplyT:
+        if not self.sent or type(self.sent[-1]) is not type(command):
+            self.steps += 1
         self.sent.append(command)
-        number = len(self.sent)
-        await self._before(command, number)
+        step = self.steps
+        await self._before(command, step)
         reply = await self._session.execute(command, descriptor=descriptor)
-        await self._after(command, number)
+        await self._after(command, step)
         return reply
 
     def listen(self, listener: EventListener) -> None:
@@ -79,7 +83,7 @@ class Gate:
         self._reached = trio.Event()
         self._opened = trio.Event()
 
-    async def __call__(self, command: Command[Any], number: int) -> None:
+    async def __call__(self, command: Command[Any], step: int) -> None:
         if isinstance(command, self._commands):
             self._reached.set()
             await self._opened.wait()

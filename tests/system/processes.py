@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import trio
 
@@ -90,8 +90,12 @@ async def _replies(stream: trio.SocketStream) -> AsyncGenerator[dict[str, Any], 
 
 
 @asynccontextmanager
-async def open_daemon(folder: Path, vms: Mapping[str, Vm], qemu_img: Path) -> AsyncIterator[Daemon]:
+async def open_daemon(
+    folder: Path, vms: Mapping[str, Vm], qemu_img: Path, *, log: IO[bytes] | None = None
+) -> AsyncIterator[Daemon]:
     """Run `qsnapd serve` on *vms* for the block; its state stays below *folder*.
+
+    What it logs goes to *log*, by default to our own stderr.
 
     On exit: it was told to end, and did so in time.
     """
@@ -113,7 +117,7 @@ async def open_daemon(folder: Path, vms: Mapping[str, Vm], qemu_img: Path) -> As
         await ready.bind(str(notify))
         async with trio.open_nursery() as nursery:
             environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
-            start = partial(trio.run_process, argv, env=environment, check=False)
+            start = partial(trio.run_process, argv, stderr=log, env=environment, check=False)
             process: trio.Process = await nursery.start(start)
             with trio.fail_after(READY_LIMIT_S):
                 assert await ready.recv(100) == b"READY=1"

@@ -1,0 +1,115 @@
+"""A revert that is cancelled or fails before the old QEMU is ended has not happened."""
+
+import itertools
+
+import pytest
+import trio
+
+from qsnapd.errors import StoreError
+from qsnapd.model.job import JobKind
+from qsnapd.model.request import RevertRequest
+from qsnapd.model.snapshot import Strategy
+from qsnapd.model.state import Condition
+from qsnapd.snapshot.revert import Revert
+from qsnapd.vm.attached import AttachedVm
+from tests.faults.inline import run_program_here
+from tests.faults.scene import VM, Case, Scene, not_as_before, open_scene, qemu_img
+from tests.faults.sweeps import CancelAt, sweep
+
+CASE = Case("10.0.2", Strategy.BACKGROUND, disks=2)
+
+
+class OneVm:
+    """The VM's seat, as far as a revert needs it before it ends the old QEMU."""
+
+    name = VM
+    starting: Condition | None = None
+
+    def __init__(self, scene: Scene) -> None:
+        self.qmp = scene.folder / "qmp"
+        self.store = scene.store
+        self.tracker = scene.vm.tracker
+        self.attached: AttachedVm | None = scene.vm
+
+    async def wait_attached(self) -> AttachedVm:
+        raise AssertionError("no new QEMU is started here")
+
+    async def wait_detached(self) -> None:
+        raise AssertionError("the old QEMU is not ended here")
+
+
+class Switched(Exception):
+    """The revert has come to its point of no return."""
+
+
+async def switch_nothing(*_arguments: object) -> AttachedVm:
+    raise Switched
+
+
+async def reverted(scene: Scene) -> bool:
+    """Revert; returns whether it came to the point of no return."""
+    revert = Revert(OneVm(scene), scene.new_job(JobKind.REVERT), qemu_img=qemu_img())
+    try:
+        await revert.run(RevertRequest(name="s1"))
+    except Switched:
+        return True
+    return False
+
+
+async def prepare(scene: Scene) -> None:
+    """Have a snapshot to go back to; what is there now must be there afterwards."""
+    await scene.take_one()
+    scene.before = scene.look()
+
+
+def test_cancelled_at_any_step_before_the_old_qemu_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+
+    async def attempt(scene: Scene, n: int) -> tuple[list[str], bool]:
+        await prepare(scene)
+        probe, switched = CancelAt(n), False
+        trio.lowlevel.add_instrument(probe)
+        with probe.scope:
+            switched = await reverted(scene)
+        trio.lowlevel.remove_instrument(probe)
+        if switched:  # uncancelled, or cancelled too late
+            return [], probe.left <= 0
+        return not_as_before(scene.before, scene.look()), True
+
+    assert sweep(CASE, attempt) == []
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+async def test_an_overlay_that_cannot_be_made(
+    nth: int, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    calls = itertools.count(1)
+
+    async def run(command: list[str], *, pass_fds: tuple[int, ...], **_options: object) -> object:
+        words = [command[0], "no-such-command"] if next(calls) == nth else command
+        return await run_program_here(words, pass_fds=pass_fds)
+
+    async with open_scene(CASE) as scene:
+        await prepare(scene)
+        monkeypatch.setattr(trio, "run_process", run)
+        with pytest.raises(StoreError, match="qemu-img could not create"):
+            await reverted(scene)
+        assert not_as_before(scene.before, scene.look()) == []
+
+
+async def test_the_daemon_dies_with_everything_prepared(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+    async with open_scene(CASE) as scene:
+        await prepare(scene)
+        assert await reverted(scene)
+        entry = scene.store.journal.read()
+        assert entry is not None
+        assert len(entry.made) == CASE.disks
+        assert not_as_before(scene.before, scene.look()) != []
+        await scene.attach()
+        assert "the VM had not been touched" in str(await scene.recover())
+        assert not_as_before(scene.before, scene.look()) == []

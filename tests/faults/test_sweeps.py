@@ -1,0 +1,60 @@
+"""All or nothing: a checkpoint cancelled at any step, or failing at any command."""
+
+from dataclasses import replace
+
+import pytest
+
+from qsnapd.model.snapshot import ImageFormat, Strategy
+from tests.faults.fake_migration import SavingScript
+from tests.faults.fake_transport import Fault
+from tests.faults.scene import CASES, Case
+from tests.faults.sweeps import cancel_sweep, death_sweep, fault_sweep, recovery_sweep
+
+STOPPED, PRECOPY, BACKGROUND = (Case("10.0.2", strategy) for strategy in Strategy)
+
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+faults = pytest.mark.parametrize("fault", list(Fault), ids=lambda fault: fault.name.lower())
+
+
+@cases
+def test_cancelled_at_any_step(case: Case) -> None:
+    assert cancel_sweep(case) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(STOPPED, status="paused"),
+        replace(BACKGROUND, status="paused"),
+        replace(STOPPED, disks=2),
+        replace(BACKGROUND, image_format=ImageFormat.STREAM, disks=0),
+    ],
+    ids=str,
+)
+def test_other_vms_cancelled_at_any_step(case: Case) -> None:
+    assert cancel_sweep(case) == []
+
+
+@cases
+@faults
+def test_any_command_fails(case: Case, fault: Fault) -> None:
+    assert fault_sweep(case, fault) == []
+
+
+@faults
+@pytest.mark.parametrize("case", [STOPPED, PRECOPY, BACKGROUND], ids=str)
+def test_any_command_fails_before_or_after_a_save_that_failed(case: Case, fault: Fault) -> None:
+    """The second half of such a run is all undoing, which must survive faults as well."""
+    stage = "saving" if case is BACKGROUND else "device"
+    assert fault_sweep(replace(case, saving=SavingScript(fails_in=stage)), fault) == []
+
+
+@cases
+@pytest.mark.parametrize("lost_at", ["blockdev-add", "transaction", "cont"])
+def test_recovery_is_cut_off_at_any_command(case: Case, lost_at: str) -> None:
+    assert recovery_sweep(case, lost_at) == []
+
+
+@pytest.mark.parametrize("case", [STOPPED, BACKGROUND], ids=str)
+def test_qemu_ends_at_any_command(case: Case) -> None:
+    assert death_sweep(case) == []
