@@ -22,9 +22,8 @@ from tests.system.processes import COMMANDS, Daemon, open_daemon
 
 VM = "demo"
 RAM_MIB = 512
-GUEST = Slots(memory_mib=128, dirty_mib_s=100, disk_pause_us=500)
+GUEST = Slots(memory_mib=128, dirty_mib_s=60, disk_pause_us=500)
 DISKS = (Disk("qcow2"), Disk("raw", "scsi"))
-ATTACH_LIMIT_S = 20.0
 COMMAND_LIMIT_S = 60.0
 MIB = 1 << 20
 
@@ -63,7 +62,8 @@ class Demo:
         self._diary = diary
 
     async def show(self) -> None:
-        await self._wait_attached()
+        """Show it, from the first look to the guest's last word. Raises: Wrong."""
+        await self._daemon.wait_attached(VM)
         await self._type("list")
 
         say("A live checkpoint: memory and disks of one instant, and the guest goes on meanwhile.")
@@ -91,18 +91,13 @@ class Demo:
         require(current["name"] == "live", f"the current snapshot is {current['name']}")
         await self._show_guest(at_checkpoint)
 
-    async def _wait_attached(self) -> None:
-        with trio.fail_after(ATTACH_LIMIT_S):
-            while not (await self._ask(f"dominfo {VM}"))["connected"]:
-                pass  # each question takes a moment
-
     async def _type(self, line: str) -> None:
         """Run `qsnapctl LINE` as if it had been typed here."""
         print(f"$ qsnapctl {line}", flush=True)
-        # our terminal, if there is one, so that it draws its progress there
         argv = [str(COMMANDS / "qsnapctl"), *shlex.split(line)]
         environment = {**os.environ, "QSNAPD_SOCKET": str(self._daemon.control)}
         with trio.fail_after(COMMAND_LIMIT_S):
+            # on our terminal, if there is one, so that it draws its progress there
             done = await trio.run_process(argv, stdin=None, env=environment, check=False)
         require(done.returncode == 0, f"qsnapctl {line} ended with {done.returncode}")
 
@@ -154,8 +149,10 @@ class Demo:
         def is_set_back(line: str) -> bool:
             nonlocal last
             now = parse_okay(line)
-            if now is None or (last is not None and now.uptime_ms < last.uptime_ms):
-                return now is not None
+            if now is None:
+                return False
+            if last is not None and now.uptime_ms < last.uptime_ms:
+                return True
             last = now
             return False
 

@@ -13,7 +13,7 @@ import trio
 
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.supervisor import Supervisor
-from qsnapd.errors import UnknownVm, WrongState
+from qsnapd.errors import Effect, UnknownVm, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo, JobKind, Phase
 from qsnapd.model.request import CreateRequest, RevertRequest
@@ -109,12 +109,7 @@ class LocalHost:
         job = self._new_job(name, JobKind.CREATE, request.name)
         supervisor.claim(job)
         checkpoint = Checkpoint(vm, supervisor.store, job, qemu_img=self._qemu_img)
-
-        async def take() -> Manifest:
-            await supervisor.mend(vm)
-            return await checkpoint.take(request)
-
-        self._start(supervisor, job, take)
+        self._start(supervisor, job, lambda: checkpoint.take(request))
         return job
 
     async def revert(self, name: str, request: RevertRequest) -> Job:
@@ -132,9 +127,15 @@ class LocalHost:
     def _start(
         self, supervisor: Supervisor, job: Job, work: Callable[[], Awaitable[Manifest]]
     ) -> None:
+        async def mend_and_work() -> Manifest:
+            await supervisor.mend_before_job()
+            return await work()
+
         async def run() -> None:
             try:
-                await job.run(work)
+                await job.run(mend_and_work)
+                if job.effect is Effect.UNKNOWN:  # undoing it has failed
+                    await supervisor.mend_after_job()
             finally:
                 supervisor.let_go()
 

@@ -8,9 +8,9 @@ import logging
 import trio
 
 from qsnapd.config import Config, VmConfig
+from qsnapd.daemon.remembered import recall
 from qsnapd.errors import QsnapError
 from qsnapd.model.plan import CheckpointPlan
-from qsnapd.model.state import Condition
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
@@ -58,7 +58,7 @@ async def _resume(name: str, config: VmConfig, store: VmStore) -> None:
         session.listen(tracker.on_event)
         vm = await learn(name, session, tracker, identity, process)
         status = await session.execute(QueryStatus())
-        tracker.on_attached(status.status, Condition.PAUSED_SNAPSHOT)
+        tracker.on_attached(status.status, recall(store, identity))
         if not status.running:
             if entry.plan.name not in store.snapshots():
                 await settle_migration(session, entry.plan)

@@ -3,14 +3,15 @@
 The supervisor owns the VM's condition and its one job; QEMU processes come and go below it.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import trio
 
+from qsnapd.daemon.remembered import recall, remember
 from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
@@ -29,6 +30,8 @@ from qsnapd.vm.tracker import Tracker
 
 RETRY_FIRST_S = 0.1
 RETRY_LONGEST_S = 5.0
+MEND_FIRST_S = 0.5
+MEND_LONGEST_S = 30.0
 EXIT_PATIENCE_S = 2.0
 """How long after losing the monitor the process may take to end."""
 
@@ -60,6 +63,7 @@ class Supervisor:
         self._publish = publish
         self._qemu_img = qemu_img
         self._uuid: str | None = None
+        self._mending = trio.Lock()
         self._changed = trio.Event()
         self._hurry = trio.Event()
         self._unsaved = trio.Event()
@@ -133,22 +137,48 @@ class Supervisor:
 
     async def mend(self, vm: AttachedVm) -> None:
         """Finish or undo what the journal says was left unfinished, if anything was."""
-        done = await recover(vm, self.store, qemu_img=self._qemu_img)
+        async with self._mending:
+            done = await recover(vm, self.store, qemu_img=self._qemu_img)
         if done:
             self._tell_recovered(done)
 
+    async def mend_before_job(self) -> None:
+        """The same for a job that is about to begin, with QEMU attached or gone."""
+        if self.attached is not None:
+            await self.mend(self.attached)
+        else:
+            await self._mend_offline()
+
+    async def mend_after_job(self) -> None:
+        """Go on undoing a job whose undoing failed, until it is done or QEMU is lost."""
+        delay_s = MEND_FIRST_S
+        while self.attached is not None and await self._journal_stands():
+            try:
+                await self.mend(self.attached)
+                self.problem = None
+            except QsnapError as exc:
+                self._problem(exc)
+                await trio.sleep(delay_s)
+                delay_s = min(2 * delay_s, MEND_LONGEST_S)
+
+    async def _journal_stands(self) -> bool:
+        return await trio.to_thread.run_sync(self.store.journal.read) is not None
+
     async def _recover_offline(self) -> None:
         """Nobody answers there; a journal may still tell of a QEMU that has ended."""
-        entry = await trio.to_thread.run_sync(self.store.journal.read)
-        if entry is None or still_runs(entry.pid, entry.start_time_ticks):
-            return
         try:
-            done = await recover_without_qemu(self.store, qemu_img=self._qemu_img)
+            await self._mend_offline()
         except QsnapError as exc:
             self._problem(exc)
-        else:
-            if done:
-                self._tell_recovered(done)
+
+    async def _mend_offline(self) -> None:
+        async with self._mending:
+            entry = await trio.to_thread.run_sync(self.store.journal.read)
+            if entry is None or still_runs(entry.pid, entry.start_time_ticks):
+                return
+            done = await recover_without_qemu(self.store, qemu_img=self._qemu_img)
+        if done:
+            self._tell_recovered(done)
 
     def _problem(self, exc: QsnapError) -> None:
         if str(exc) != self.problem:
@@ -183,15 +213,9 @@ class Supervisor:
             vm = self.attached
             if vm is None:
                 continue
-            text = json.dumps(
-                {
-                    "pid": vm.identity.pid,
-                    "start_time_ticks": vm.identity.start_time_ticks,
-                    "condition": self.tracker.condition.name,
-                }
-            )
+            remembered = partial(remember, self.store, vm.identity, self.tracker.condition)
             try:
-                await trio.to_thread.run_sync(self.store.remember_state, text)
+                await trio.to_thread.run_sync(remembered)
             except StoreError as exc:
                 _log.warning("VM %s: the next daemon will not know its state: %s", self.name, exc)
 
@@ -199,16 +223,7 @@ class Supervisor:
         """What is known of this very process from before this session."""
         if self.starting is not None:
             return self.starting
-        try:
-            known = json.loads(self.store.recall_state() or "{}")
-            if (known.get("pid"), known.get("start_time_ticks")) == (
-                vm.identity.pid,
-                vm.identity.start_time_ticks,
-            ):
-                return Condition[known["condition"]]
-        except (ValueError, KeyError, StoreError) as exc:
-            _log.warning("VM %s: its remembered state is not understood: %s", self.name, exc)
-        return None
+        return recall(self.store, vm.identity)
 
     # --- jobs ----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ class Event(Frozen):
     """One thing that happened to a VM.
 
     `event` and `detail` of kind lifecycle are virsh's texts, e.g. "Suspended" and
-    "Paused"; of kind snapshot the event is "created", "failed" or "reverted" and the
+    "Paused"; of kind snapshot the event is "created", "failed", "reverted" or "recovered" and the
     detail a sentence; of kind job the event is the job's phase.
     """
 

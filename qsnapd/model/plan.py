@@ -109,7 +109,8 @@ class RevertPlan(Frozen):
     vm: VmName
     name: SnapshotName
     requested_at: AwareDatetime
-    end_running: bool
+    to_running: bool
+    """Whether the guest goes on, or stands still as it was loaded."""
     executable: AbsolutePath
     argv: tuple[str, ...]
     cwd: AbsolutePath

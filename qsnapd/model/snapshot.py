@@ -106,7 +106,7 @@ class PauseParts(Frozen):
     """Where the pause window went; `paused_ms` is their sum and what lies between."""
 
     stop_ms: NonNegativeFloat = 0.0
-    """From the STOP event to the reply to `stop`: draining and flushing."""
+    """The `stop` command: draining and flushing the disks."""
     pivot_ms: NonNegativeFloat = 0.0
     """The `transaction` that moved the disks to their overlays."""
     capture_ms: NonNegativeFloat = 0.0

@@ -138,11 +138,6 @@ class JobComplete(Command[None]):
     id: str
 
 
-class JobCancel(Command[None]):
-    name = "job-cancel"
-    id: str
-
-
 class JobDismiss(Command[None]):
     name = "job-dismiss"
     id: str

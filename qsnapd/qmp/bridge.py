@@ -94,7 +94,10 @@ class QmpBridge:
         # The descriptor travels ahead of its command; another one in between would replace it.
         async with self._descriptor_lock:
             self._require_open(name)
-            self._client.send_fd_scm(descriptor)
+            try:
+                self._client.send_fd_scm(descriptor)
+            except OSError as exc:
+                raise SessionLost(f"cannot hand a file to QEMU: {exc.strerror}") from exc
             return await self._call(name, arguments, timeout_s)
 
     async def _call(self, name: str, arguments: Mapping[str, object], limit_s: float) -> object:

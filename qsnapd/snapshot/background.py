@@ -4,6 +4,7 @@ running; a write to a page not yet saved waits until it is.
 
 import trio
 
+from qsnapd.errors import CaptureFailed
 from qsnapd.qmp.migration import QueryMigrate
 from qsnapd.qmp.session import QmpSession
 from qsnapd.qmp.transport import QmpEvent
@@ -12,6 +13,8 @@ from qsnapd.snapshot.saving import require_alive, wait_saved
 
 SETUP_LOOK_EVERY_S = 0.1
 """Backstop between looks at a migration whose next event has not come."""
+FIRST_PAGE_LIMIT_S = 10.0
+"""The guest stands still until then; QEMU goes through 200 GiB and more in this time."""
 
 
 async def capture_background(capture: Capture) -> None:
@@ -31,7 +34,14 @@ async def capture_background(capture: Capture) -> None:
         watch = Stopwatch()
         with session.watch("MIGRATION") as events:
             await capture.begin_saving()
-            await _wait_captured(session, events)
+            try:
+                with trio.fail_after(FIRST_PAGE_LIMIT_S):
+                    await _wait_captured(session, events)
+            except trio.TooSlowError:
+                raise CaptureFailed(
+                    f"QEMU saved no page within {FIRST_PAGE_LIMIT_S:g} s: the disk that it writes "
+                    "to stalls"
+                ) from None
         capture.capture_ms = watch.ms
         if vm.at_least_10:
             await capture.release_at_once()

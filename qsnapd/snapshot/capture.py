@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from qsnapd.errors import CommandRefused
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import PauseParts
 from qsnapd.model.state import Condition
@@ -66,12 +67,27 @@ class Capture:
         """Let the guest run again, if it is to."""
         if self.to_resume:
             await self.vm.ensure_running()
+        await self._respect_user()
 
     async def release_at_once(self) -> None:
         """The same without asking first: for QEMU >= 9.0, where only we end this pause."""
-        if self.to_resume:
+        if not self.to_resume:
+            return
+        try:
             with self.vm.tracker.resuming(Condition.RUNNING_UNPAUSED):
                 await self.vm.session.execute(Cont())
+        except CommandRefused:
+            await self.vm.ensure_running()
+        await self._respect_user()
+
+    async def _respect_user(self) -> None:
+        """Stop a guest again that its user suspended while it was on its way to running.
+
+        QEMU < 9.0 resumes by itself in the background, whatever the user said.
+        """
+        if self.vm.tracker.held_by_user and self.vm.tracker.running:
+            with self.vm.tracker.pausing(Condition.PAUSED_USER):
+                await self.vm.session.execute(Stop())
 
     async def leave_postmigrate(self) -> None:
         """After a completed save the disks are inactive: `cont` wakes them, or this does.
@@ -80,6 +96,7 @@ class Capture:
         """
         if self.to_resume:
             await self.vm.ensure_running()
+            await self._respect_user()
         elif self.plan.nodes_can_be_activated:
             await self.vm.session.execute(BlockdevSetActive(active=True))
 

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import trio
 
-from qsnapd.errors import CommandRefused, Effect, GuestLeftPaused, QsnapError, StoreError
+from qsnapd.errors import (
+    CommandRefused,
+    Effect,
+    GuestLeftPaused,
+    QsnapError,
+    StoreError,
+    TargetRefused,
+)
 from qsnapd.image.files import create_exclusive, identity, publish, require_space
 from qsnapd.model.job import Phase
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, PivotPlan
@@ -84,16 +91,20 @@ class Checkpoint:
         self, request: CreateRequest, *, background_refusal: str | None = None
     ) -> Manifest:
         store = self._store
-        now = await look(
-            self._vm,
-            snapshots=frozenset(store.snapshots()),
-            current=store.current(),
-            directory=store.directory,
-            background_refusal=background_refusal,
-        )
+        try:
+            now = await look(
+                self._vm,
+                snapshots=frozenset(store.snapshots()),
+                current=store.current(),
+                directory=store.directory,
+                background_refusal=background_refusal,
+            )
+        except QsnapError as exc:
+            exc.effect = Effect.NONE  # a question without an answer: nothing was touched
+            raise
         plan = plan_checkpoint(request, now)
         self._job.snapshot = plan.name
-        await trio.to_thread.run_sync(require_room, plan, store.directory)
+        await trio.to_thread.run_sync(check_targets, plan, store.directory)
         identity_of_qemu = self._vm.identity
         entry = JournalEntry(
             plan=plan,
@@ -152,7 +163,7 @@ class Checkpoint:
 
     def _commit(self, plan: CheckpointPlan, manifest: Manifest) -> None:
         """Give the image its name, then the snapshot its existence. Blocks."""
-        if not plan.memory_partial.startswith(f"{self._store.directory}/"):
+        if Path(plan.memory_partial).parent != self._store.partial_path(plan.name):
             publish(Path(plan.memory_partial), Path(plan.memory_file))
         self._store.commit(plan.name, manifest)
 
@@ -197,18 +208,25 @@ async def settle_committed(vm: AttachedVm, plan: CheckpointPlan, store: VmStore)
     await trio.to_thread.run_sync(store.journal.clear)
 
 
-def require_room(plan: CheckpointPlan, directory: Path) -> None:
-    """Refuse a checkpoint whose image may not fit. Blocks.
+def check_targets(plan: CheckpointPlan, directory: Path) -> None:
+    """Refuse what could only fail later: files in the way, no room for the image. Blocks.
 
     A mapped-ram image is never larger than RAM; neither is a stream that sends each page
-    once, but for a few bytes a page.
+    once, but for a few bytes a page. A precopy stream may become as large as its limit.
     Raises: StoreFull, TargetRefused.
     """
-    where = Path(plan.memory_file).parent
-    if where.parent == directory:
-        where = directory  # the snapshot's own folder is made later
-    per_page_bytes = plan.ram_bytes // 256 if plan.image_format is ImageFormat.STREAM else 0
-    require_space(where, plan.ram_bytes + per_page_bytes + DEVICE_STATE_BYTES)
+    memory = Path(plan.memory_file)
+    for path in (memory, *(Path(pivot.overlay.path) for pivot in plan.pivots)):
+        if os.path.lexists(path):
+            raise TargetRefused(f"{path} exists already, and an existing file is never overwritten")
+    # The snapshot's own folder does not exist yet.
+    where = directory if memory.parent.parent == directory else memory.parent
+    needed_bytes = plan.ram_bytes
+    if plan.image_format is ImageFormat.STREAM:
+        needed_bytes += plan.ram_bytes // 256
+        if plan.strategy is Strategy.PRECOPY:
+            needed_bytes = max(needed_bytes, plan.precopy_limit_bytes)
+    require_space(where, needed_bytes + DEVICE_STATE_BYTES)
 
 
 def _flush_disks(plan: CheckpointPlan) -> None:

@@ -147,18 +147,3 @@ def pivot_actions(plans: Sequence[PivotPlan]) -> list[dict[str, Any]]:
             }
         )
     return actions
-
-
-async def merge_offline(overlay: Path, *, qemu_img: str) -> None:
-    """Write what *overlay* holds into the image below it; no QEMU may have either open.
-
-    qemu-img takes the images' locks, so it refuses rather than corrupts.
-    Raises: StoreError: it could not; nothing is lost.
-    """
-    command = [qemu_img, "commit", "-q", "-d", str(overlay)]
-    try:
-        await trio.run_process(command, capture_stdout=True, capture_stderr=True)
-    except subprocess.CalledProcessError as exc:
-        raise StoreError(exc.stderr.decode(errors="replace").strip()) from exc
-    except OSError as exc:
-        raise StoreError(f"cannot run {qemu_img}: {exc.strerror}") from exc

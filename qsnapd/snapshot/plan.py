@@ -1,5 +1,6 @@
 """From a request and a situation to a plan, or to a refusal; pure, nothing is touched."""
 
+import os
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,7 +18,9 @@ from qsnapd.vm.disks import Disk
 CHAIN_LIMIT = 200
 """Layers of backing images; libvirt's limit, and QEMU slows down long before."""
 FILE_NAME_LIMIT_BYTES = 255
-PRECOPY_LIMIT_RAMS = 4
+AFTER = ".after-"
+"""Between a disk's name and that of the snapshot which an overlay comes after."""
+PRECOPY_LIMIT_RAMS = 2
 
 _BASE_FORMATS = {"qcow2": "qcow2", "raw": "raw", "file": "raw", "host_device": "raw"}
 
@@ -38,6 +41,7 @@ def plan_checkpoint(request: CreateRequest, now: Situation) -> CheckpointPlan:
     _refuse_blocked(now)
     saving = plan_saving(request, now)
     token = secrets.token_hex(4)
+    _refuse_store_paths(request, now.directory.parent)
     memory_file = Path(request.memory_file or now.directory / name / "memory.img")
     partial = (
         memory_file.with_name(f"{memory_file.name}.{token}.partial")
@@ -74,6 +78,16 @@ def plan_checkpoint(request: CreateRequest, now: Situation) -> CheckpointPlan:
         hash_memory=request.hash_memory,
         pivots=plan_pivots(request.disks, now.disks, name, token, ids[1:]),
     )
+
+
+def _refuse_store_paths(request: CreateRequest, store: Path) -> None:
+    """Files that a request names lie anywhere but among qsnapd's own, and apart."""
+    named = [path for path in (request.memory_file, *(d.file for d in request.disks)) if path]
+    for path in named:
+        if Path(os.path.normpath(path)).is_relative_to(store):
+            raise BadRequest(f"{path} lies in {store}, which is qsnapd's own: name another place")
+    if len({os.path.normpath(path) for path in named}) < len(named):
+        raise BadRequest("the same file is named twice")
 
 
 def _refuse_by_state(now: Situation) -> None:
@@ -226,17 +240,17 @@ def _plan_pivot(
 
 
 def default_overlay_path(disk: Disk, snapshot: str) -> Path:
-    """Beside the image it covers, named for the disk and for the snapshot it comes after.
+    """Beside the image it covers, named for the disk and for the snapshot it comes after."""
+    covered = Path(disk.chain[0].path)
+    return covered.with_name(f"{image_stem(covered)}{AFTER}{snapshot}.qcow2")
 
-    The disk's name is that of its oldest image, so that names do not grow with the chain.
+
+def image_stem(image: Path) -> str:
+    """What a disk is called: its image's name without suffixes, ours among them.
+
+    So that names do not grow with the chain.
     """
-    stem = image_stem(disk.chain[-1].path)
-    return Path(disk.chain[0].path).with_name(f"{stem}.after-{snapshot}.qcow2")
-
-
-def image_stem(path: str) -> str:
-    """What a disk is called: the name of its oldest image without the last suffix."""
-    return Path(path).stem
+    return image.stem.split(AFTER)[0] or image.stem
 
 
 def _unused_ids(used: frozenset[int], count: int) -> list[int]:

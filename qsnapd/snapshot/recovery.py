@@ -3,21 +3,17 @@
 The journal says what was intended, QEMU and the file system say how far it came.
 """
 
-import logging
-from pathlib import Path
-
 import trio
 
-from qsnapd.errors import StoreError
+from qsnapd.errors import Effect, StoreError
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, RevertPlan
 from qsnapd.snapshot.create import settle_committed
-from qsnapd.snapshot.overlays import merge_offline
+from qsnapd.snapshot.merge import merge_offline
+from qsnapd.snapshot.revert import finish_revert, is_started_by
 from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
-from qsnapd.vm.identity import key_of
-
-_log = logging.getLogger(__name__)
+from qsnapd.vm.process import kill, wait_gone
 
 
 async def recover(vm: AttachedVm, store: VmStore, *, qemu_img: str) -> str | None:
@@ -29,14 +25,10 @@ async def recover(vm: AttachedVm, store: VmStore, *, qemu_img: str) -> str | Non
     entry = await trio.to_thread.run_sync(store.journal.read)
     if entry is None:
         return None
-    same_process = (entry.pid, entry.start_time_ticks) == (
-        vm.identity.pid,
-        vm.identity.start_time_ticks,
-    )
     plan = entry.plan
     if isinstance(plan, RevertPlan):
-        return await _recover_revert(entry, plan, store, same_process=same_process)
-    if not same_process:
+        return await _recover_revert(entry, plan, vm, store)
+    if not is_same(vm, entry):
         return await recover_without_qemu(store, qemu_img=qemu_img)
     if plan.name in store.snapshots():
         await give_back_run_state(vm, plan)
@@ -58,7 +50,7 @@ async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
         return None
     plan = entry.plan
     if isinstance(plan, RevertPlan):
-        return await _recover_revert(entry, plan, store, same_process=False)
+        return await _recover_revert(entry, plan, None, store)
     if plan.name in store.snapshots():
         await trio.to_thread.run_sync(store.set_current, plan.name)
         await trio.to_thread.run_sync(store.journal.clear)
@@ -70,17 +62,16 @@ async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
 
 
 async def _merge_overlays(plan: CheckpointPlan, entry: JournalEntry, *, qemu_img: str) -> None:
-    made = {(file.device, file.inode) for file in entry.made}
+    inodes = frozenset(file.inode for file in entry.made)
     for pivot in plan.pivots:
-        overlay = Path(pivot.overlay.path)
-        if await trio.to_thread.run_sync(key_of, str(overlay)) not in made:
-            continue
         try:
-            await merge_offline(overlay, qemu_img=qemu_img)
+            await merge_offline(pivot, inodes, qemu_img=qemu_img)
         except StoreError as exc:
             raise StoreError(
-                f"disk {pivot.target}: {overlay} may hold what the guest wrote after an "
-                f"unfinished snapshot, and cannot be merged into {pivot.overlay.backing}: {exc}"
+                f"disk {pivot.target}: the unfinished snapshot {plan.name} has left the overlay "
+                f"{pivot.overlay.path}, and it cannot be merged into {pivot.overlay.backing}: "
+                f"{exc}",
+                effect=Effect.PARTIAL,
             ) from exc
 
 
@@ -90,19 +81,26 @@ async def _forget(plan: CheckpointPlan, store: VmStore) -> None:
 
 
 async def _recover_revert(
-    entry: JournalEntry, plan: RevertPlan, store: VmStore, *, same_process: bool
+    entry: JournalEntry, plan: RevertPlan, vm: AttachedVm | None, store: VmStore
 ) -> str:
-    """A revert either had not yet ended the old QEMU, or left a new one or none behind."""
-    if same_process:
-        await trio.to_thread.run_sync(remove_files, entry)
-        await trio.to_thread.run_sync(store.journal.clear)
-        return f"undid an unfinished revert to {plan.name}; the VM had not been touched"
-    _log.error(
-        "VM %s: a revert to %s was cut off after the old QEMU had ended; its new disks are %s. "
-        "Revert again to get there",
-        plan.vm,
-        plan.name,
-        ", ".join(overlay.path for overlay in plan.overlays) or "none",
-    )
+    """A revert had not yet ended the old QEMU, or left a new one, loaded or not, or none."""
+    if vm is not None and is_started_by(plan, vm.process):
+        if await vm.run_state() != "inmigrate":
+            await finish_revert(vm, plan, store)
+            return f"finished the revert to {plan.name}, which a former daemon had begun"
+        kill(vm.identity)  # it has not run: nothing is lost with it
+        await wait_gone(vm.identity)
+    untouched = vm is not None and is_same(vm, entry)
+    await trio.to_thread.run_sync(remove_files, entry)
     await trio.to_thread.run_sync(store.journal.clear)
-    return f"gave up an unfinished revert to {plan.name}"
+    if untouched:
+        return f"undid an unfinished revert to {plan.name}; the VM had not been touched"
+    return (
+        f"undid an unfinished revert to {plan.name}; the VM had been ended for it: revert again, "
+        "or start it on the disks it had"
+    )
+
+
+def is_same(vm: AttachedVm, entry: JournalEntry) -> bool:
+    """Whether *vm* is the very process that the entry's job worked on."""
+    return (entry.pid, entry.start_time_ticks) == (vm.identity.pid, vm.identity.start_time_ticks)

@@ -15,6 +15,7 @@ from qsnapd.errors import (
     CommandRefused,
     Effect,
     QsnapError,
+    ReplyTimeout,
     SessionLost,
     VmError,
 )
@@ -84,7 +85,11 @@ class Revert:
         assert manifest.memory is not None
         if self._seat.attached is None:
             require_no_qemu(self._seat.name, self._seat.qmp)
-        plan = plan_revert(manifest, manifest.memory, end_running=self._seat.attached is not None)
+        plan = plan_revert(
+            manifest,
+            manifest.memory,
+            to_running=(request.state or manifest.state) == "running",
+        )
         entry = self._entry(plan)
         await trio.to_thread.run_sync(store.journal.write, entry)
         try:
@@ -100,10 +105,7 @@ class Revert:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._forget, entry)
                 raise
-            await trio.to_thread.run_sync(store.set_current, manifest.name)
-            await trio.to_thread.run_sync(store.journal.clear)
-            if (request.state or manifest.state) == "running":
-                await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
+            await finish_revert(vm, plan, store)
         return manifest
 
     def _entry(self, plan: RevertPlan) -> JournalEntry:
@@ -140,7 +142,7 @@ class Revert:
         left = await disks_in_use(seat.attached)
         if seat.attached is not None:
             await end_qemu(seat.attached)
-            with trio.fail_after(DETACH_LIMIT_S):
+            with trio.move_on_after(DETACH_LIMIT_S):  # its process is gone: this cannot be long
                 await seat.wait_detached()
             seat.tracker.on_exit(Condition.SHUTOFF_FROM_SNAPSHOT)
         seat.starting = Condition.PAUSED_FROM_SNAPSHOT
@@ -149,7 +151,7 @@ class Revert:
             started = await trio.to_thread.run_sync(
                 start, process, plan.executable, plan.argv, plan.cwd, log
             )
-            vm = await self._wait_started(started)
+            vm = await self._wait_started(started, plan)
             try:
                 with trio.fail_after(LOAD_LIMIT_S):
                     memory = Path(plan.memory_file)
@@ -163,31 +165,64 @@ class Revert:
         except (QsnapError, trio.TooSlowError) as exc:
             raise VmError(
                 f"VM {seat.name} is shut off: it was ended to revert to {plan.name}, and QEMU "
-                f"could not be started from that: {exc or 'it took too long'}. The snapshot is "
+                f"could not be started from that: {str(exc) or 'it took too long'}. The snapshot is "
                 f"unharmed. The disks of the state before are: {left}",
                 effect=Effect.PARTIAL,
             ) from exc
         finally:
             seat.starting = None
 
-    async def _wait_started(self, started: Started) -> AttachedVm:
-        """Wait until the supervisor has attached to the new QEMU."""
-        with trio.fail_after(START_LIMIT_S):
+    async def _wait_started(self, started: Started, plan: RevertPlan) -> AttachedVm:
+        """Wait until the supervisor has attached to the QEMU that was started.
+
+        On failure: that QEMU is gone, if it could be found.
+        Raises: VmError: it ended, did not answer in time, or another took its socket.
+        """
+        with trio.move_on_after(START_LIMIT_S):
             while True:
                 with trio.move_on_after(LOOK_EVERY_S):
-                    return await self._seat.wait_attached()
+                    vm = await self._seat.wait_attached()
+                    if is_started_by(plan, vm.process) and await vm.run_state() == "inmigrate":
+                        return vm
+                    started.kill()
+                    raise VmError(
+                        f"another QEMU, pid {vm.identity.pid}, serves {self._seat.qmp}; "
+                        "it was left alone. Does a service start this VM whenever it ends?"
+                    )
                 if words := started.failed():
                     raise VmError(f"QEMU says: {words}")
+        started.kill()
+        raise VmError(f"QEMU did not answer within {START_LIMIT_S:g} s of its start")
+
+
+def is_started_by(plan: RevertPlan, process: Process) -> bool:
+    """Whether *process* runs the command line of *plan*, which names its new overlays."""
+    return process.argv[1:] == plan.argv[1:]
+
+
+async def finish_revert(vm: AttachedVm, plan: RevertPlan, store: VmStore) -> None:
+    """Let a loaded VM go on and make the snapshot current; idempotent.
+
+    The guest comes first: it has stood still since the old QEMU was ended.
+    Raises: VmError: it cannot be made to run. StoreError.
+    """
+    if plan.to_running:
+        await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
+    await trio.to_thread.run_sync(store.set_current, plan.name)
+    await trio.to_thread.run_sync(store.journal.clear)
 
 
 async def disks_in_use(vm: AttachedVm | None) -> str:
     """The files of a VM's active layers, for people."""
-    disks = await read_disks(vm.session, vm.identity.pid) if vm else ()
+    try:
+        disks = await read_disks(vm.session, vm.identity.pid) if vm else ()
+    except VmError:
+        return "not known, because QEMU does not answer"
     return ", ".join(disk.path for disk in disks if disk.path and not disk.left_out) or "none"
 
 
 async def end_qemu(vm: AttachedVm) -> None:
     """Make a QEMU end, its disks flushed if it still answers."""
-    with suppress(SessionLost, CommandRefused):  # it may end before it answers
+    with suppress(SessionLost, CommandRefused, ReplyTimeout):  # it ends first, or is killed
         await vm.session.execute(Quit())
     await wait_ended(vm.identity)

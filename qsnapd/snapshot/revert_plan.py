@@ -3,6 +3,7 @@
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,14 +12,14 @@ import trio
 
 from qsnapd.errors import ImageInvalid, WrongState
 from qsnapd.model.plan import OverlayPlan, RevertPlan
-from qsnapd.model.snapshot import DiskLayer, Manifest, MemoryImage
+from qsnapd.model.snapshot import DiskLayer, FileIdentity, Manifest, MemoryImage
 from qsnapd.snapshot.finish import verify_image
-from qsnapd.snapshot.plan import image_stem
+from qsnapd.snapshot.plan import AFTER, image_stem
 from qsnapd.vm.identity import key_of
 from qsnapd.vm.launch import MovedDisk, plan_launch
 
 
-def plan_revert(manifest: Manifest, memory: MemoryImage, *, end_running: bool) -> RevertPlan:
+def plan_revert(manifest: Manifest, memory: MemoryImage, *, to_running: bool) -> RevertPlan:
     """Name the new overlays and compute the command line; reads file identities only.
 
     Raises: Blocked, WrongState: the recorded command line cannot be used again, and why.
@@ -39,7 +40,7 @@ def plan_revert(manifest: Manifest, memory: MemoryImage, *, end_running: bool) -
         vm=manifest.vm,
         name=manifest.name,
         requested_at=datetime.now(UTC),
-        end_running=end_running,
+        to_running=to_running,
         executable=launch.executable,
         argv=launch.argv,
         cwd=launch.cwd,
@@ -51,8 +52,9 @@ def plan_revert(manifest: Manifest, memory: MemoryImage, *, end_running: bool) -
 
 def _overlay(disk: DiskLayer, snapshot: str, token: str) -> OverlayPlan:
     frozen = Path(disk.frozen)
-    stem = image_stem(disk.chain[-1].path)
-    path = frozen.with_name(f"{stem}.after-{snapshot}.{token}.qcow2")
+    path = frozen.with_name(
+        f"{image_stem(frozen)}{AFTER}{snapshot}.{disk.target}-{token}.qcow2"
+    )
     return OverlayPlan(
         target=disk.target,
         path=str(path),
@@ -76,7 +78,7 @@ def check_snapshot(manifest: Manifest) -> None:
         raise WrongState(f"snapshot {manifest.name} holds no memory: it cannot be reverted to yet")
     for disk in manifest.disks:
         for file in disk.chain:
-            if key_of(file.path) != (file.device, file.inode):
+            if not _is_still(file):
                 raise ImageInvalid(
                     f"disk {disk.target}: {file.path} is missing or is another file than when "
                     f"snapshot {manifest.name} was taken"
@@ -91,6 +93,15 @@ def check_snapshot(manifest: Manifest) -> None:
         _check_image(descriptor, manifest, manifest.memory, check_cancelled)
     finally:
         os.close(descriptor)
+
+
+def _is_still(file: FileIdentity) -> bool:
+    """By inode alone: device numbers may change with a reboot, a device's inode too."""
+    try:
+        status = os.stat(file.path)
+    except OSError:
+        return False
+    return stat.S_ISBLK(status.st_mode) or status.st_ino == file.inode
 
 
 def _check_image(

@@ -9,7 +9,7 @@ from qsnapd.model.job import Progress
 from qsnapd.qmp.migration import MigrationInfo, QueryMigrate
 from qsnapd.qmp.session import QmpSession
 
-PROGRESS_EVERY_S = 0.1
+PROGRESS_EVERY_S = 0.2
 """Between the events that tell of a change of status, ask this often for the bytes."""
 
 Watcher = Callable[[MigrationInfo], None]

@@ -13,6 +13,18 @@ UNLIMITED_BYTES_PER_S = 2**63 - 1
 MULTIFD_CHANNELS = 2
 
 
+# Explicit, because what an earlier user left behind sticks: direct-io crashes a multifd save
+# (10.0), tls-creds fails every one, and without zero pages an image has the size of all RAM.
+_PARAMETERS: dict[str, Any] = {
+    "max-bandwidth": UNLIMITED_BYTES_PER_S,
+    "direct-io": False,
+    "tls-creds": "",
+    "multifd-compression": "none",
+    "zero-page-detection": "multifd",
+    "mode": "normal",
+}
+
+
 class SavingPlan(Frozen):
     """How memory is captured; the part of a plan that is all about `migrate`."""
 
@@ -45,10 +57,11 @@ def plan_saving(request: CreateRequest, now: Situation) -> SavingPlan:
         wanted.add("pause-before-switchover")
     if strategy is Strategy.BACKGROUND:
         wanted.add("background-snapshot")
-    parameters: dict[str, Any] = {"max-bandwidth": UNLIMITED_BYTES_PER_S}
+    parameters = {
+        name: value for name, value in _PARAMETERS.items() if name in now.parameters
+    }
     if multifd:
         parameters["multifd-channels"] = MULTIFD_CHANNELS
-        parameters["multifd-compression"] = "none"
     return SavingPlan(
         strategy=strategy,
         image_format=image_format,

@@ -5,13 +5,14 @@ that. So it serves a job that failed or was cancelled, and equally a daemon that
 journal of one that was killed; doing it twice changes nothing.
 """
 
+import errno
 import logging
 from contextlib import suppress
 from pathlib import Path
 
 import trio
 
-from qsnapd.errors import CommandRefused, Effect, GuestLeftPaused, VmError
+from qsnapd.errors import CommandRefused, Effect, GuestLeftPaused, StoreError, VmError
 from qsnapd.image.files import remove_if_ours
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, OverlayPlan, PivotPlan
 from qsnapd.model.state import Condition
@@ -38,6 +39,9 @@ from qsnapd.vm.attached import AttachedVm
 
 LOOK_EVERY_S = 0.1
 """Backstop between looks at something that also sends events."""
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""Also what could never be made, because the request named an impossible path."""
 
 _log = logging.getLogger(__name__)
 
@@ -213,4 +217,9 @@ def _overlays(entry: JournalEntry) -> tuple[OverlayPlan, ...]:
 
 def _remove_temporary(path: Path) -> None:
     """The name carries the job's token or lies in our staging folder: surely ours."""
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink()
+    except OSError as exc:
+        if exc.errno in _NOT_THERE:
+            return
+        raise StoreError(f"cannot remove {path}: {exc.strerror}", effect=Effect.PARTIAL) from exc

@@ -20,7 +20,16 @@ class Journal:
         self._path = path
 
     def write(self, entry: JournalEntry) -> None:
-        """Make *entry* the VM's entry, durable on return; on failure the old one stands."""
+        """Make *entry* the VM's entry, durable on return; on failure the old one stands.
+
+        Raises: StoreError: it cannot be written, or another job's entry is still there.
+        """
+        standing = self.read()
+        if standing is not None and standing.plan.token != entry.plan.token:
+            raise StoreError(
+                f"{self._path} tells of an unfinished job on {standing.plan.name}: it is finished "
+                "or undone as soon as QEMU answers"
+            )
         draft = self._path.with_suffix(".new")
         try:
             with draft.open("w", encoding="utf-8") as file:

@@ -84,8 +84,12 @@ class AttachedVm:
         if self.tracker.condition is Condition.PAUSED_SNAPSHOT:
             self.tracker.become(Condition.PAUSED_USER)
             return
-        with self.tracker.pausing(Condition.PAUSED_USER):
-            await self.session.execute(Stop())
+        try:
+            with self.tracker.pausing(Condition.PAUSED_USER):
+                await self.session.execute(Stop())
+        except CommandRefused:
+            self.tracker.held_by_user = False
+            raise
 
     async def resume(self) -> None:
         """Let the guest run for the user.

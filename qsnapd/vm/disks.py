@@ -1,6 +1,5 @@
 """The disks of a running VM, as QEMU's block graph tells them."""
 
-import json
 from collections.abc import Iterable, Mapping
 
 from qsnapd.errors import CommandRefused
@@ -10,7 +9,7 @@ from qsnapd.model.vm import DiskInfo
 from qsnapd.qmp.block import BitmapInfo, BlockInfo, ImageInfo, NodeInfo, QueryBlock
 from qsnapd.qmp.commands import FdsetInfo, QomGet, QueryFdsets
 from qsnapd.qmp.session import QmpSession
-from qsnapd.vm.identity import resolve_image_path
+from qsnapd.vm.identity import plain_name, resolve_image_path
 
 FDSET_PREFIX = "/dev/fdset/"
 
@@ -168,18 +167,6 @@ def _seen_name(filename: str, handed: Mapping[int, str]) -> str:
     if filename.startswith(FDSET_PREFIX):
         return handed.get(int(filename.removeprefix(FDSET_PREFIX)), filename)
     return filename
-
-
-def plain_name(filename: str) -> str:
-    """The file in QEMU's "json:{...}" form of a name, which it uses when a plain name would
-    not describe the node in full; other names are returned as they are.
-    """
-    if not filename.startswith("json:"):
-        return filename
-    options = json.loads(filename.removeprefix("json:"))
-    while isinstance(options, dict) and "filename" not in options:
-        options = options.get("file")
-    return str(options["filename"]) if isinstance(options, dict) else filename
 
 
 def _reason_to_leave_out(device: BlockInfo, node: NodeInfo | None) -> str | None:

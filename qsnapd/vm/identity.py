@@ -14,7 +14,7 @@ import trio
 
 from qsnapd.errors import SessionLost, VmError
 from qsnapd.model.snapshot import FileIdentity, Process
-from qsnapd.vm.argv import Fields, parse_options
+from qsnapd.vm.argv import parse_options
 from qsnapd.vm.peer import pid_of_peer
 from qsnapd.vm.proc import FileKey, open_files, proc_errors, start_time_ticks, status_of
 
@@ -90,16 +90,16 @@ def read_process(identity: ProcessIdentity) -> Process:
     with proc_errors(identity.pid):
         argv = _words((place / "cmdline").read_bytes())
         environment = dict(_worth_keeping((place / "environ").read_bytes()))
-        options = {option.name: option.value or "" for option in parse_options(argv[1:])}
-        # What began as root and then gave that up has to begin as root again.
-        was_root = _gives_up_root(options)
+        daemonized = any(option.name == "daemonize" for option in parse_options(argv[1:]))
         process = Process(
             exe=str((place / "exe").readlink()),
             argv=argv,
-            cwd=_started_in(str((place / "cwd").readlink()), options, environment),
-            uid=0 if was_root else int(status["Uid"].split()[_EFFECTIVE]),
-            gid=0 if was_root else int(status["Gid"].split()[_EFFECTIVE]),
-            groups=() if was_root else tuple(map(int, status["Groups"].split())),
+            cwd=_started_in(str((place / "cwd").readlink()), environment, daemonized=daemonized),
+            # As what it is now, even if it gave up root by -runas: its words are its own,
+            # and nothing they say may make us start a program as anybody else.
+            uid=int(status["Uid"].split()[_EFFECTIVE]),
+            gid=int(status["Gid"].split()[_EFFECTIVE]),
+            groups=tuple(map(int, status["Groups"].split())),
             environment=tuple(environment.items()),
         )
     ensure_same(identity)
@@ -144,7 +144,7 @@ def resolve_image_path(pid: int, name: str) -> FileIdentity | None:
 
     Raises: SessionLost, VmError: the process is gone, or not ours to look into.
     """
-    name = os.path.normpath(_plain(name))
+    name = os.path.normpath(plain_name(name))
     files = open_files(pid)
     with proc_errors(pid):
         root, cwd = os.readlink(f"/proc/{pid}/root"), os.readlink(f"/proc/{pid}/cwd")
@@ -165,7 +165,7 @@ def _reachable(path: str, key: FileKey) -> FileIdentity | None:
     return FileIdentity(path=path, device=key[0], inode=key[1])
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The file's name within the JSON that QEMU makes of a node no plain name describes."""
     if not name.startswith("json:"):
         return name
@@ -175,16 +175,9 @@ def _plain(name: str) -> str:
     return str(node["filename"]) if isinstance(node, dict) else name
 
 
-def _gives_up_root(options: Mapping[str, str]) -> bool:
-    run_with = Fields.parse(options.get("run-with", ""))  # since QEMU 9.0
-    return not {"runas", "chroot"}.isdisjoint(options) or not {"user", "chroot"}.isdisjoint(
-        run_with
-    )
-
-
-def _started_in(cwd: str, options: Mapping[str, str], environment: Mapping[str, str]) -> str:
+def _started_in(cwd: str, environment: Mapping[str, str], *, daemonized: bool) -> str:
     """Where relative names on the command line begin, as well as can be known."""
-    if cwd == "/" and "daemonize" in options:
+    if cwd == "/" and daemonized:
         # It has moved there itself. A shell, and qsnapd, leave in PWD where it was started.
         told = environment.get("PWD", "")
         return told if os.path.isabs(told) and os.path.isdir(told) else cwd

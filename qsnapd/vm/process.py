@@ -28,6 +28,11 @@ class Started:
     process: "subprocess.Popen[bytes]"
     log: Path
 
+    def kill(self) -> None:
+        """End it, unless it has ended or has gone on as another process (`-daemonize`)."""
+        if self.process.poll() is None:
+            self.process.kill()
+
     def failed(self) -> str | None:
         """Why it ended badly, in QEMU's words; None while it runs or if it ended well."""
         if self.process.poll() in (None, 0):
@@ -44,10 +49,13 @@ def start(
 ) -> Started:
     """Start QEMU as who it ran as, detached: own session, no descriptor of ours. Blocks.
 
-    Its output goes to *log*, the end of which `Started.failed` quotes.
+    What it complains of goes to *log*, the end of which `Started.failed` quotes.
     Raises: VmError: the program cannot be started.
     """
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise VmError(f"cannot write {log}: {exc.strerror}") from exc
     privileged = os.geteuid() == 0
     try:
         child = subprocess.Popen(
@@ -60,7 +68,7 @@ def start(
             group=process.gid if privileged else None,
             extra_groups=process.groups if privileged else None,
             stdin=subprocess.DEVNULL,
-            stdout=descriptor,
+            stdout=subprocess.DEVNULL,  # with -nographic the guest's console: without end
             stderr=descriptor,
             start_new_session=True,
         )

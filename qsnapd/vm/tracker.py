@@ -58,6 +58,8 @@ class Tracker:
         )
         if event.name == "STOP":
             self._announced = None
+        if event.name == "RESUME" and self._window is None:
+            self.held_by_user = False  # somebody has resumed it, here or on another monitor
         if self._window is not None:
             self._window.note(event)
 
@@ -90,6 +92,8 @@ class Tracker:
     def holding(self) -> Iterator[PauseWindow]:
         """During the block a job holds the guest, or is about to; yields when it did."""
         self._window = window = PauseWindow()
+        if self.running:
+            self.held_by_user = False
         try:
             with self.pausing(Condition.PAUSED_SNAPSHOT):
                 yield window

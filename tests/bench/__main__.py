@@ -15,7 +15,7 @@ from typing import IO
 
 from rich.console import Console
 
-from tests.bench.measuring import FLOOR, HASHED, STRATEGIES, Measurement, Scale, measure
+from tests.bench.measuring import FLOOR, HASHED, STRATEGIES, Notebook, Scale, measure
 from tests.bench.report import print_table, write_json, write_plot
 from tests.bench.summary import Results, summarize
 from tests.parts import PartMissing, qemu_versions
@@ -29,20 +29,12 @@ QUICK = Scale(rounds=2, ram_mib=192, dirtied_mib=32, sized_rounds=1)
 
 async def bench(scale: Scale, folder: Path, log: IO[bytes]) -> None:
     """Measure, print, and leave the results in *folder*; the daemons write to *log*."""
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    measurements: list[Measurement] = []
-
-    def record(measurement: Measurement) -> None:
-        measurements.append(measurement)
-        if measurement.measure == "pause_ms":
-            console.print(
-                f"QEMU {measurement.qemu}, round {measurement.round + 1} of {scale.rounds}: "
-                f"{measurement.subject} paused {measurement.value:.1f} ms"
-            )
-
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    notebook = Notebook(partial(console.print, soft_wrap=True), log)
     for qemu in reversed(qemu_versions()):
         hashed = (HASHED,) if qemu is qemu_versions()[-1] else ()
-        await measure(qemu, (FLOOR, *STRATEGIES, *hashed), scale, record, log)
+        await measure(qemu, (FLOOR, *STRATEGIES, *hashed), scale, notebook)
+    measurements = notebook.measurements
     lines = [line for results in Results.by_qemu(measurements) for line in summarize(results)]
     write_json(folder / "bench.jsonl", measurements, lines)
     write_plot(folder / "bench.png", lines)

@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-REPLY_LIMIT_S = 60.0
-COMPLETION_LOOK_EVERY_S = 0.02
+ANSWER_LIMIT_S = 300.0
+"""For replies and awaited events; the longest is the end of a save."""
 FIRST_FDSET = 1000
 CAPABILITIES = ("background-snapshot", "mapped-ram", "events")
 
@@ -28,7 +27,7 @@ class BareMonitor:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(REPLY_LIMIT_S)
+        self._socket.settimeout(ANSWER_LIMIT_S)
         self._socket.connect(str(path))
         self._lines = self._socket.makefile("rb")
         self._events: list[tuple[str, float]] = []
@@ -140,7 +139,7 @@ class Floor:
         while (status := send("query-migrate")["status"]) != "completed":
             if status == "failed":
                 raise RuntimeError("QEMU could not save the memory")
-            time.sleep(COMPLETION_LOOK_EVERY_S)
+            self._monitor.wait_event("MIGRATION")
         if "mapped-ram" in before:
             send("remove-fd", {"fdset-id": int(uri.rpartition("/")[2])})
         self._set_capabilities(before)

@@ -10,13 +10,15 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 import trio
 
 from qsnapd.control.client import Client
+from qsnapd.errors import CapabilityMissing
 from tests.bench.floor import BareMonitor, Disk, Floor
 from tests.harness import Disk as NewDisk
 from tests.harness import Slots, Vm, open_vm
@@ -26,7 +28,6 @@ from tests.system.processes import Daemon, open_daemon
 MIB = 1 << 20
 PAGE_BYTES = 4096
 NAME = "bench"
-WARM_UP = {"strategy": "background"}
 DISKS = (NewDisk("qcow2"), NewDisk("raw"))
 
 
@@ -70,24 +71,29 @@ class Measurement:
     value: float
 
 
-async def measure(
-    qemu: Qemu,
-    subjects: tuple[Subject, ...],
-    scale: Scale,
-    record: Callable[[Measurement], None],
-    log: IO[bytes],
-) -> None:
-    """Take *subjects* in rounds on a VM of their own and *record* every number.
+@dataclass(frozen=True)
+class Notebook:
+    """Where everything is written down."""
 
-    The daemon writes its log to *log*.
-    """
+    tell: Callable[[str], None]
+    """For whoever watches the bench."""
+    log: IO[bytes]
+    """For the daemons' logs."""
+    measurements: list[Measurement] = field(default_factory=list)
+
+
+async def measure(
+    qemu: Qemu, subjects: tuple[Subject, ...], scale: Scale, notebook: Notebook
+) -> None:
+    """Take *subjects* in rounds on a VM of their own and note every number."""
     guest = Slots(memory_mib=scale.dirtied_mib, dirty_mib_s=50, disk_pause_us=2000)
     async with open_vm(qemu, guest, disks=DISKS, memory_mib=scale.ram_mib) as vm:
         folder = vm.folder / "state"  # where the disks are, too
         folder.mkdir()
-        async with open_daemon(folder, {NAME: vm}, qemu.img, log=log) as daemon:
+        async with open_daemon(folder, {NAME: vm}, qemu.img, log=notebook.log) as daemon:
+            await daemon.wait_attached(NAME)
             await vm.wait_line(lambda line: line.startswith("OK"))
-            rounds = Rounds(qemu, vm, daemon, subjects, scale, record)
+            rounds = Rounds(qemu, vm, daemon, subjects, scale, notebook)
             await trio.to_thread.run_sync(rounds.run)
 
 
@@ -101,33 +107,31 @@ class Rounds:
         daemon: Daemon,
         subjects: tuple[Subject, ...],
         scale: Scale,
-        record: Callable[[Measurement], None],
+        notebook: Notebook,
     ) -> None:
         self._qemu = qemu
         self._vm = vm
         self._daemon = daemon
         self._subjects = subjects
         self._scale = scale
-        self._record = record
+        self._notebook = notebook
         self._folder = daemon.config.parent
         self._kept: list[tuple[Subject, int, str]] = []
         """Snapshots whose images still exist, with the round they are from."""
         self._dd_bytes = 0
+        self._lists = count()
 
     def run(self) -> None:
         with Client(self._daemon.control) as client:
-            while not client.call("GetVm", vm=NAME)["vm"]["connected"]:
-                time.sleep(0.05)  # not worth a subscription: it takes a moment, once
             with BareMonitor(self._vm.folder / "qmp2") as monitor:
-                self._warm_up(client)
+                subjects = self._warm_up(client)
                 floor = Floor(monitor, self._vm.folder, self._qemu.img)
                 for number in range(self._scale.rounds):
-                    self._note_list_time(number)
-                    for subject in _rotated(self._subjects, number):
+                    for subject in _rotated(subjects, number):
                         trio.from_thread.check_cancelled()
+                        self._note_list_time()
                         if subject.strategy is None:
-                            pause_ms = floor.checkpoint(_disks(client))
-                            self._note(subject, number, pause_ms=pause_ms)
+                            self._note_pause(subject, number, floor.checkpoint(_disks(client)))
                         else:
                             self._take(client, monitor, subject, number)
             for subject, number, snapshot in self._kept:
@@ -135,30 +139,39 @@ class Rounds:
                 ram_bytes = self._ram_in_use_bytes(client, snapshot)
                 self._note(subject, number, ram_bytes=ram_bytes)
 
-    def _warm_up(self, client: Client) -> None:
-        """Take one that does not count: the first write-protection splits huge pages."""
-        *_, last = client.stream("CreateSnapshot", vm=NAME, request=WARM_UP)
-        memory = last["snapshot"]["memory"]
+    def _warm_up(self, client: Client) -> tuple[Subject, ...]:
+        """Take one that does not count: the first write-protection splits huge pages.
+
+        Returns those subjects that this host can do: not each lets QEMU use userfaultfd.
+        """
+        subjects = self._subjects
+        try:
+            memory = _create(client, {"strategy": "background"})["memory"]
+        except CapabilityMissing as exc:
+            self._notebook.tell(f"QEMU {self._qemu}: neither background nor floor: {exc}")
+            memory = _create(client, {"strategy": "stopped"})["memory"]
+            subjects = tuple(s for s in subjects if s.strategy not in (None, "background"))
         self._dd_bytes = memory["allocated_bytes"]
         Path(memory["path"]).unlink()
+        return subjects
 
     def _take(self, client: Client, monitor: BareMonitor, subject: Subject, number: int) -> None:
         """Take one by qsnapd, and time `dd` writing as many bytes before it or after it."""
         if number % 2:
             self._note(subject, number, dd_s=self._time_dd())
-        request = {"strategy": subject.strategy, "hash_memory": subject.hashed}
+        request: dict[str, object] = {"strategy": subject.strategy, "hash_memory": subject.hashed}
         cpu = CpuClock(self._daemon.process.pid)
         with monitor.pause() as pause:
             begun_s = time.monotonic()
-            *_, last = client.stream("CreateSnapshot", vm=NAME, request=request)
+            snapshot = _create(client, request)
             total_s = time.monotonic() - begun_s
         cpu_s, qemu_img_s = cpu.read()
-        image = Path(last["snapshot"]["memory"]["path"])
+        image = Path(snapshot["memory"]["path"])
         self._dd_bytes = image.stat().st_blocks * 512
+        self._note_pause(subject, number, pause.ms)
         self._note(
             subject,
             number,
-            pause_ms=pause.ms,
             total_s=total_s,
             cpu_s=cpu_s,
             qemu_img_s=qemu_img_s,
@@ -167,18 +180,24 @@ class Rounds:
         if not number % 2:
             self._note(subject, number, dd_s=self._time_dd())
         if number >= self._scale.rounds - self._scale.sized_rounds:
-            self._kept.append((subject, number, last["snapshot"]["name"]))
+            self._kept.append((subject, number, snapshot["name"]))
         else:
             image.unlink()  # or the bench would need room for them all
 
     def _note(self, subject: Subject, number: int, **values: float) -> None:
-        for name, value in values.items():
-            self._record(Measurement(self._qemu.version, subject.name, number, name, value))
+        for measure, value in values.items():
+            measurement = Measurement(self._qemu.version, subject.name, number, measure, value)
+            self._notebook.measurements.append(measurement)
 
-    def _note_list_time(self, number: int) -> None:
+    def _note_pause(self, subject: Subject, number: int, pause_ms: float) -> None:
+        self._note(subject, number, pause_ms=pause_ms)
+        where = f"QEMU {self._qemu}, round {number + 1} of {self._scale.rounds}"
+        self._notebook.tell(f"{where}: {subject.name} paused {pause_ms:.1f} ms")
+
+    def _note_list_time(self) -> None:
         begun_s = time.monotonic()
         subprocess.run(self._daemon.command("list"), stdout=subprocess.DEVNULL, check=True)
-        self._note(QSNAPCTL, number, list_s=time.monotonic() - begun_s)
+        self._note(QSNAPCTL, next(self._lists), list_s=time.monotonic() - begun_s)
 
     def _time_dd(self) -> float:
         """Time the plain writing of as many bytes as the latest image has."""
@@ -233,6 +252,13 @@ class CpuClock:
         fields = self._stat.read_text().rpartition(")")[2].split()
         ticks = int(fields[13]) + int(fields[14])  # cutime, cstime
         return time.clock_gettime(self._clock), ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _create(client: Client, request: dict[str, object]) -> dict[str, Any]:
+    """Take a checkpoint by qsnapd, listening to its progress as qsnapctl does; return it."""
+    *_, last = client.stream("CreateSnapshot", vm=NAME, request=request)
+    snapshot: dict[str, Any] = last["snapshot"]
+    return snapshot
 
 
 def _rotated(subjects: tuple[Subject, ...], number: int) -> Iterator[Subject]:

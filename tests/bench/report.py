@@ -55,6 +55,7 @@ def print_table(lines: Sequence[Line], console: Console) -> None:
             f"{_figure(line.median, line.unit)}, it should be at most "
             f"{_figure(line.target or 0, line.unit)}",
             style="bold red",
+            soft_wrap=True,
         )
     console.print(f"{promised - len(missed)} of {promised} targets met")
 
@@ -93,7 +94,7 @@ def write_plot(path: Path, lines: Sequence[Line]) -> None:
         axes.set_title(f"{title} (dashed: target)" if any(x.target for x in shown) else title)
         if quantity == "pause":
             axes.set_yscale("log")
-        else:
+        elif quantity != "image / RAM in use":  # these differ by a hundredth
             axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle("qsnapd, each dot one checkpoint")

@@ -24,10 +24,15 @@ def test_a_quick_bench_measures_everything(tmp_path: Path) -> None:
         for row in rows
         if row["kind"] == "summary"
     }
+    # not every host lets a user have userfaultfd; the bench then says so
+    strategies = ["precopy", "stopped"]
+    if "neither background nor floor" not in done.stdout:
+        strategies.append("background")
     for qemu in (BACKPORTS_QEMU, SYSTEM_QEMU):
-        assert summary[qemu, "pause / floor", "background"]["n"] == 2
+        if "background" in strategies:
+            assert summary[qemu, "pause / floor", "background"]["n"] == 2
         assert summary[qemu, "time", "qsnapctl list"]["median"] > 0
-        for strategy in ("background", "precopy", "stopped"):
+        for strategy in strategies:
             assert summary[qemu, "pause", strategy]["median"] > 0
             assert summary[qemu, "total / dd", strategy]["median"] > 0
             assert summary[qemu, "daemon's CPU / total", strategy]["median"] > 0

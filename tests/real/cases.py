@@ -1,6 +1,6 @@
 """Every way to take a checkpoint that exists: strategy, image format, QEMU."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,15 @@ import pytest
 
 from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import ImageFormat, Strategy
-from tests.harness import Disk, Slots, Vm, open_vm
+from tests.harness import Disk, Pages, Slots, Vm, open_vm
 from tests.parts import SYSTEM_QEMU, Qemu, qemu_versions
 from tests.rig import Rig, open_rig
 
 TWO_DISKS = (Disk("qcow2", "virtio", "-blockdev"), Disk("raw", "scsi", "-drive"))
 BUSY = Slots(memory_mib=8, dirty_mib_s=20, disk_pause_us=50)
 """Dirties memory and writes its disks; looks at all of both about twice a second."""
+LAZY = Pages(spin=20000)
+"""Up at once; dirties a page now and then, and leaves the disks alone."""
 VM = "vm1"
 
 
@@ -70,3 +72,15 @@ async def open_busy(qemu: Qemu, state_dir: Path) -> AsyncIterator[tuple[Vm, Rig]
         await vm.wait_line(lambda line: line.startswith("OK"))
         async with open_rig(qemu, state_dir, **{VM: vm}) as rig:
             yield vm, rig
+
+
+@asynccontextmanager
+async def open_lazy(
+    qemu: Qemu, state_dir: Path, *, disks: Sequence[Disk] = TWO_DISKS, extra: Sequence[str] = ()
+) -> AsyncIterator[tuple[Vm, Rig]]:
+    """Hold a rig with one VM that is up at once, for what does not need a guest at work."""
+    async with (
+        open_vm(qemu, LAZY, disks=disks, memory_mib=64, extra=extra) as vm,
+        open_rig(qemu, state_dir, **{VM: vm}) as rig,
+    ):
+        yield vm, rig

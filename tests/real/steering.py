@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -39,9 +39,7 @@ class SteeredSession(QmpSession):
         self.steps = 0
         """Repetitions of a command, as in polling, are one step: their number varies."""
 
-    async def execute(
-        self, command: Command[ReplyT], *, descriptor: int | None = None
-    ) -> ReplyT:
+    async def execute(self, command: Command[ReplyT], *, descriptor: int | None = None) -> ReplyT:
         if not self.sent or type(self.sent[-1]) is not type(command):
             self.steps += 1
         self.sent.append(command)
@@ -54,10 +52,10 @@ class SteeredSession(QmpSession):
     def listen(self, listener: EventListener) -> None:
         self._session.listen(listener)
 
-    def watch(
-        self, *names: str
-    ) -> AbstractContextManager[trio.MemoryReceiveChannel[QmpEvent]]:
-        return self._session.watch(*names)
+    @contextmanager
+    def watch(self, *names: str) -> Iterator[trio.MemoryReceiveChannel[QmpEvent]]:
+        with self._session.watch(*names) as events:
+            yield events
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What cannot be is refused before the guest is touched, in words, and leaves nothing behind."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,28 +23,15 @@ from qsnapd.image.files import free_bytes
 from qsnapd.model.request import CreateRequest, DiskRequest
 from qsnapd.model.snapshot import ImageFormat, Strategy
 from qsnapd.qmp.migration import Migrate
-from tests.harness import Disk, Pages, Vm, open_vm
+from tests.harness import Vm, open_vm
 from tests.monitor import Monitor
 from tests.parts import SYSTEM_QEMU, Qemu, find_qemu
-from tests.real.cases import NEWEST, TWO_DISKS, VM, each_qemu
+from tests.real.cases import LAZY, NEWEST, VM, each_qemu, open_lazy
 from tests.real.footprint import look_through
 from tests.real.steering import Gate, steered
 from tests.rig import Rig, open_rig
 
-LAZY = Pages(spin=20000)
 MIB = 1 << 20
-
-
-@asynccontextmanager
-async def open_lazy(
-    qemu: Qemu, state_dir: Path, *, disks: Sequence[Disk] = TWO_DISKS, extra: Sequence[str] = ()
-) -> AsyncIterator[tuple[Vm, Rig]]:
-    """Hold a rig with one VM that is up at once."""
-    async with (
-        open_vm(qemu, LAZY, disks=disks, memory_mib=64, extra=extra) as vm,
-        open_rig(qemu, state_dir, **{VM: vm}) as rig,
-    ):
-        yield vm, rig
 
 
 class Refusals:
@@ -56,9 +43,7 @@ class Refusals:
         self._state_dir = state_dir
         self._monitor = monitor
 
-    async def require(
-        self, error: type[QsnapError], words: str, request: CreateRequest
-    ) -> None:
+    async def require(self, error: type[QsnapError], words: str, request: CreateRequest) -> None:
         """Ask for what cannot be."""
         before = await look_through(self._monitor, self._vm, self._state_dir)
         self._monitor.events.clear()
@@ -97,12 +82,10 @@ async def test_requests_that_cannot_be(qemu: Qemu, tmp_path: Path) -> None:
                 foreign / "memory": "not a directory",
                 elsewhere / ("m" * 250): "too long",
             }.items():
-                await refused.require(
-                    TargetRefused, words, CreateRequest(memory_file=str(path))
-                )
+                await refused.require(TargetRefused, words, CreateRequest(memory_file=str(path)))
             for disks, words in {
                 (DiskRequest(target="vdz"),): "no disk named 'vdz'",
-                (DiskRequest(target="vda"), DiskRequest(target="disk0")): "vda specified twice",
+                (DiskRequest(target="vda"), DiskRequest(target="device0")): "vda specified twice",
                 (DiskRequest(target="vda", snapshot="no", file="/x"),): "external snapshot mode",
                 (DiskRequest(target="vdb", snapshot="external"),): "vdb is read-only",
                 tuple(
@@ -157,14 +140,15 @@ async def test_migration_blocked(qemu: Qemu, tmp_path: Path) -> None:
 
 @each_qemu
 async def test_block_job_running(qemu: Qemu, tmp_path: Path) -> None:
-    async with open_lazy(qemu, tmp_path) as (vm, rig), refusals(rig, vm, tmp_path) as refused:
+    async with open_lazy(qemu, tmp_path) as (vm, rig):
         await vm.execute("blockdev-add", driver="null-co", node_name="nowhere", size=64 * MIB)
+        slowly = {"sync": "full", "speed": 4096}
         await vm.execute(
-            "blockdev-backup", job_id="nightly", device="disk0", target="nowhere", sync="full",
-            speed=4096,
-        )  # fmt: skip
-        await refused.require(Blocked, "nightly", CreateRequest())
-        await refused.require(Blocked, "nightly", CreateRequest(live=True))
+            "blockdev-backup", job_id="nightly", device="disk0", target="nowhere", **slowly
+        )
+        async with refusals(rig, vm, tmp_path) as refused:
+            await refused.require(Blocked, "nightly", CreateRequest())
+            await refused.require(Blocked, "nightly", CreateRequest(live=True))
 
 
 @each_qemu
@@ -176,13 +160,13 @@ async def test_more_ram_than_room(qemu: Qemu, tmp_path: Path) -> None:
     async with open_vm(qemu, LAZY, memory_mib=size_mib, extra=huge) as vm:
         await vm.execute("cont")
         await vm.execute("stop")
-        async with open_rig(qemu, tmp_path, **{VM: vm}) as rig:
-            async with refusals(rig, vm, tmp_path) as refused:
-                await refused.require(StoreFull, "bytes free", CreateRequest())
-                memory_file = str(tmp_path / "memory")
-                await refused.require(
-                    StoreFull, "bytes free", CreateRequest(memory_file=memory_file)
-                )
+        async with (
+            open_rig(qemu, tmp_path, **{VM: vm}) as rig,
+            refusals(rig, vm, tmp_path) as refused,
+        ):
+            await refused.require(StoreFull, "bytes free", CreateRequest())
+            elsewhere = str(tmp_path / "memory")
+            await refused.require(StoreFull, "bytes free", CreateRequest(memory_file=elsewhere))
 
 
 @each_qemu

@@ -8,6 +8,7 @@ import trio
 
 from qsnapd.errors import CommandRefused, Effect, JobCancelled, QsnapError, ReplyTimeout
 from qsnapd.model.job import Phase
+from qsnapd.model.request import CreateRequest
 from qsnapd.qmp.commands import Command
 from tests.harness import Vm
 from tests.real.cases import NEWEST, STRATEGIES, VM, Case, each_strategy, open_busy
@@ -57,20 +58,27 @@ class FailAt:
             raise ReplyTimeout(f"no answer to {command.name}", effect=Effect.UNKNOWN)
 
 
-async def steps_before_finishing(case: Case, rig: Rig) -> int:
-    """Take a checkpoint undisturbed; return how many steps it takes until memory is saved."""
-    steps = 0
+class CountSteps:
+    """A hook that counts the job's steps until memory has been saved."""
 
-    async def count(command: Command[Any], step: int) -> None:
-        nonlocal steps
-        job = rig.host.job(VM)
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self.steps = 0
+
+    async def __call__(self, command: Command[Any], step: int) -> None:
+        job = self._rig.host.job(VM)
         assert job is not None
         if job.phase is not Phase.FINISHING:
-            steps = step
+            self.steps = step
 
-    with steered(rig.supervisors[VM], before=count):
-        await rig.create(VM, case.request("undisturbed"))
-    return steps
+
+async def attempt(rig: Rig, request: CreateRequest) -> QsnapError | None:
+    """Take a checkpoint; return why there is none, or None if there is."""
+    try:
+        await rig.create(VM, request)
+    except QsnapError as exc:
+        return exc
+    return None
 
 
 async def require_content(vm: Vm, rig: Rig, case: Case) -> None:
@@ -93,17 +101,20 @@ async def cancel_when_finishing(rig: Rig, subscribed: trio.Event) -> None:
 @each_strategy
 async def test_cancelled_at_ten_moments(case: Case, tmp_path: Path) -> None:
     async with open_busy(case.qemu, tmp_path) as (vm, rig):
-        steps = await steps_before_finishing(case, rig)
+        count = CountSteps(rig)
+        with steered(rig.supervisors[VM], before=count):
+            await rig.create(VM, case.request("undisturbed"))
         before = await look(vm, tmp_path)
-        moments = sorted({1 + (steps - 1) * n // (MOMENTS - 2) for n in range(MOMENTS - 1)})
+        moments = sorted({1 + (count.steps - 1) * n // (MOMENTS - 2) for n in range(MOMENTS - 1)})
         assert len(moments) == MOMENTS - 1
         for moment in moments:
             cancel = CancelAt(rig, moment)
             with steered(rig.supervisors[VM], before=cancel) as session:
-                with pytest.raises(JobCancelled) as cancelled:
-                    await rig.create(VM, case.request("cancelled"))
-            assert cancelled.value.effect in UNTOUCHED
-            assert await look(vm, tmp_path) == before, f"cancelled at {session.sent[moment - 1]}"
+                error = await attempt(rig, case.request("cancelled"))
+            where = f"cancelled at step {moment}, before {session.sent[-1].name}"
+            assert isinstance(error, JobCancelled), where
+            assert error.effect in UNTOUCHED, where
+            assert await look(vm, tmp_path) == before, where
         async with trio.open_nursery() as nursery:
             subscribed = trio.Event()
             nursery.start_soon(cancel_when_finishing, rig, subscribed)
@@ -133,18 +144,17 @@ async def test_failed_at_each_step(case: Case, kind: str, tmp_path: Path) -> Non
             hook = {"before": fail.refuse} if kind == "refused" else {"after": fail.lose_reply}
             name = f"s{step}"
             with steered(rig.supervisors[VM], **hook):
-                try:
-                    await rig.create(VM, case.request(name))
-                except QsnapError as exc:
-                    failures += 1
-                    assert fail.failed is not None, exc
-                    words = f"step {step}: {fail.failed.name}: {exc}"
-                    assert exc.effect in UNTOUCHED, words
-                    assert name not in {m.name for m in rig.host.snapshots(VM)}, words
-                    assert await look(vm, tmp_path) == before, words
-                    continue
+                error = await attempt(rig, case.request(name))
             if fail.failed is None:
+                assert error is None
                 break
+            where = f"step {step}: {fail.failed.name}: {error}"
+            if error is not None:
+                failures += 1
+                assert error.effect in UNTOUCHED, where
+                assert name not in {m.name for m in rig.host.snapshots(VM)}, where
+                assert await look(vm, tmp_path) == before, where
+                continue
             # Too late to fail: the snapshot exists, and the next job tidies up behind it.
             assert rig.host.snapshot(VM, name).name == name
             await rig.create(VM, case.request(f"after-{name}"))

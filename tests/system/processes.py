@@ -18,6 +18,7 @@ from tests.harness import Vm
 COMMANDS = Path(sys.executable).parent
 READY_LIMIT_S = 30.0
 ANSWER_LIMIT_S = 120.0
+ATTACH_LIMIT_S = 20.0
 
 
 class Daemon:
@@ -42,6 +43,12 @@ class Daemon:
 
     async def json(self, line: str, status: int = 0) -> Any:  # noqa: ANN401
         return json.loads(await self.ctl(f"--json {line}", status))
+
+    async def wait_attached(self, vm: str) -> None:
+        """Wait until the daemon has found *vm*: a moment after it is ready."""
+        with trio.fail_after(ATTACH_LIMIT_S):
+            while not (await self.json(f"dominfo {vm}"))["connected"]:
+                pass  # each question takes a moment
 
     async def watch(self, *, until: str, begun: trio.Event) -> list[str]:
         """Note what happens until the event called *until*; set *begun* when none is missed.

@@ -8,7 +8,7 @@ import trio
 
 from tests.harness import Disk, Pages, Slots, Vm, open_vm
 from tests.parts import Qemu, qemu_versions
-from tests.system.processes import Daemon, open_daemon, reconcile
+from tests.system.processes import open_daemon, reconcile
 
 NEWEST = qemu_versions()[-1]
 
@@ -26,16 +26,9 @@ async def vm(qemu: Qemu) -> AsyncIterator[Vm]:
         yield vm
 
 
-async def attached(daemon: Daemon, name: str = "vm1") -> None:
-    """Wait until the daemon has found its VM: a moment after it is ready."""
-    with trio.fail_after(20):
-        while not (await daemon.json(f"dominfo {name}"))["connected"]:
-            pass
-
-
 async def test_a_day_in_the_life(qemu: Qemu, vm: Vm, tmp_path: Path) -> None:
     async with open_daemon(tmp_path, {"vm1": vm}, qemu.img) as daemon:
-        await attached(daemon)
+        await daemon.wait_attached("vm1")
         assert await daemon.ctl("domstate vm1") == "running\n"
         [disk] = await daemon.json("domblklist vm1")
         assert disk["path"] == str(vm.disks[0])
@@ -63,7 +56,7 @@ async def test_everybody_sees_why_the_guest_stands(
 ) -> None:
     seen: list[str] = []
     async with open_daemon(tmp_path, {"vm1": vm}, qemu.img) as daemon:
-        await attached(daemon)
+        await daemon.wait_attached("vm1")
         begun = trio.Event()
 
         async def watch() -> None:
@@ -82,7 +75,7 @@ async def test_errors_reach_the_person(tmp_path: Path) -> None:
         open_vm(NEWEST, Pages()) as vm,
         open_daemon(tmp_path, {"vm1": vm}, NEWEST.img) as daemon,
     ):
-        await attached(daemon)
+        await daemon.wait_attached("vm1")
         assert (await daemon.json("domstate vm9", status=1))["code"] == "unknown-vm"
         assert (await daemon.json("snapshot-info vm1 s9", status=1))["code"] == "unknown-snapshot"
         refused = await daemon.json("snapshot-create-as vm1 s1 --diskspec vdz,file=/x", status=1)
@@ -94,7 +87,7 @@ async def test_errors_reach_the_person(tmp_path: Path) -> None:
 async def test_a_killed_daemon_leaves_no_guest_paused(tmp_path: Path) -> None:
     async with open_vm(NEWEST, Pages(), memory_mib=512) as vm:
         async with open_daemon(tmp_path, {"vm1": vm}, NEWEST.img) as daemon:
-            await attached(daemon)
+            await daemon.wait_attached("vm1")
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(daemon.ctl, "snapshot-create-as vm1 s1", 1)
                 while (await vm.execute("query-status"))["running"]:
@@ -103,7 +96,7 @@ async def test_a_killed_daemon_leaves_no_guest_paused(tmp_path: Path) -> None:
         await reconcile(daemon)
         assert (await vm.execute("query-status"))["running"]
         async with open_daemon(tmp_path, {"vm1": vm}, NEWEST.img) as daemon:
-            await attached(daemon)
+            await daemon.wait_attached("vm1")
             assert await daemon.json("snapshot-list vm1") == []
             assert await daemon.ctl("domstate vm1") == "running\n"
             await daemon.ctl("snapshot-create-as vm1 s1 --live")

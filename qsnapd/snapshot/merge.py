@@ -1,0 +1,119 @@
+"""Merging an overlay back when its QEMU is gone: offline, and trusting nobody's headers.
+
+The overlay was in the hands of a QEMU and lies in its owner's folder. So qemu-img runs as
+that owner, is told by descriptor what lies over what instead of reading it from the files,
+and nothing is merged into an image that has been written to since.
+"""
+
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+
+from qsnapd.errors import StoreError
+from qsnapd.model.plan import PivotPlan
+
+MERGE_LIMIT_S = 900.0
+_HEADER_BYTES = 104
+_FEATURES = slice(72, 80)
+"""Of a qcow2 header, version 3: incompatible features, big-endian."""
+_EXTERNAL_DATA_FILE = 1 << 2
+
+
+async def merge_offline(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: str) -> None:
+    """Write what the overlay of *pivot* holds into the image below it, if it holds anything.
+
+    *inodes* are the files the job has made; an overlay that is none of them, or is gone, is
+    left alone. qemu-img takes the images' locks: it refuses rather than corrupts.
+
+    On failure: nothing is lost; the overlay still holds it all.
+    Raises: StoreError: it could not, or must not, be merged.
+    """
+    with _opened(pivot, inodes) as pair:
+        if pair is None:
+            return
+        overlay, base = pair
+        source = _image_options(pivot, overlay, base)
+        command = [qemu_img, "map", "--output=json", "--image-opts", source]
+        mapping = json.loads(await _run(command, overlay, base))
+        if not any(extent["depth"] == 0 for extent in mapping):
+            return
+        if os.fstat(base).st_mtime_ns > os.fstat(overlay).st_mtime_ns:
+            raise StoreError(
+                f"{pivot.overlay.backing} was written to after {pivot.overlay.path}: the VM has "
+                "been started from it again, and merging would destroy what it wrote. The "
+                "overlay holds what the guest wrote last before that: look at it, then remove it"
+            )
+        await _run([qemu_img, "commit", "-q", "-d", "--image-opts", source], overlay, base)
+
+
+@contextmanager
+def _opened(pivot: PivotPlan, inodes: frozenset[int]) -> Iterator[tuple[int, int] | None]:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        overlay = os.open(pivot.overlay.path, flags)
+    except FileNotFoundError:
+        yield None
+        return
+    except OSError as exc:
+        raise StoreError(f"cannot open {pivot.overlay.path}: {exc.strerror}") from exc
+    try:
+        # By inode alone: device numbers may change with a reboot.
+        if os.fstat(overlay).st_ino not in inodes:
+            yield None
+            return
+        header = os.pread(overlay, _HEADER_BYTES, 0)
+        if int.from_bytes(header[_FEATURES], "big") & _EXTERNAL_DATA_FILE:
+            raise StoreError(f"{pivot.overlay.path} has been altered: it is not merged")
+        try:
+            base = os.open(pivot.overlay.backing, flags)
+        except OSError as exc:
+            raise StoreError(f"cannot open {pivot.overlay.backing}: {exc.strerror}") from exc
+        try:
+            yield overlay, base
+        finally:
+            os.close(base)
+    finally:
+        os.close(overlay)
+
+
+def _image_options(pivot: PivotPlan, overlay: int, base: int) -> str:
+    block = stat.S_ISBLK(os.fstat(base).st_mode)
+    options = {
+        "driver": "qcow2",
+        "file.driver": "file",
+        "file.filename": f"/proc/self/fd/{overlay}",
+        "backing.driver": pivot.overlay.backing_format,
+        "backing.file.driver": "host_device" if block else "file",
+        "backing.file.filename": f"/proc/self/fd/{base}",
+    }
+    return ",".join(f"{name}={value}" for name, value in options.items())
+
+
+async def _run(command: list[str], overlay: int, base: int) -> bytes:
+    """Run qemu-img as the overlay's owner; returns what it printed."""
+    owner = os.fstat(overlay)
+    identity: dict[str, Any] = {}
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        identity = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+    try:
+        with trio.fail_after(MERGE_LIMIT_S):
+            done = await trio.run_process(
+                command,
+                capture_stdout=True,
+                capture_stderr=True,
+                pass_fds=(overlay, base),
+                **identity,
+            )
+    except subprocess.CalledProcessError as exc:
+        raise StoreError(exc.stderr.decode(errors="replace").strip()) from exc
+    except OSError as exc:
+        raise StoreError(f"cannot run {command[0]}: {exc.strerror}") from exc
+    except trio.TooSlowError:
+        raise StoreError(f"{command[0]} took longer than {MERGE_LIMIT_S:g} s") from None
+    return bytes(done.stdout)
