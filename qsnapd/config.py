@@ -30,13 +30,21 @@ class DaemonConfig(Frozen):
     state_dir: HostPath = Path("/var/lib/qsnapd")
     """Snapshots and the journal: must survive a reboot."""
     runtime_dir: HostPath = Path("/run/qsnapd")
-    """What is worth nothing after a reboot."""
+    """What is worth nothing after a reboot; the socket lies there unless `socket` says more."""
     qemu_img: str = Field(default="qemu-img", min_length=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     operator_group: str | None = None
     """Members may suspend, resume, checkpoint and revert, but not choose file names."""
     reader_group: str | None = None
     """Members may look and listen."""
+
+
+    @model_validator(mode="before")
+    @classmethod
+    def _socket_in_runtime_dir(cls, given: object) -> object:
+        if isinstance(given, dict) and "runtime_dir" in given and "socket" not in given:
+            return {**given, "socket": f"{given['runtime_dir']}/io.qsnapd"}
+        return given
 
 
 class VmConfig(Frozen):

@@ -70,6 +70,8 @@ class Supervisor:
 
     async def run(self) -> None:
         """Keep the VM attached whenever its QEMU answers; never returns."""
+        for problem in self.store.problems().values():
+            _log.error("VM %s: a snapshot is not listed: %s", self.name, problem)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_condition)
             delay_s = RETRY_FIRST_S

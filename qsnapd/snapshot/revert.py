@@ -165,8 +165,8 @@ class Revert:
         except (QsnapError, trio.TooSlowError) as exc:
             raise VmError(
                 f"VM {seat.name} is shut off: it was ended to revert to {plan.name}, and QEMU "
-                f"could not be started from that: {str(exc) or 'it took too long'}. The snapshot is "
-                f"unharmed. The disks of the state before are: {left}",
+                f"could not be started from that: {str(exc) or 'it took too long'}. The "
+                f"snapshot is unharmed. The disks of the state before are: {left}",
                 effect=Effect.PARTIAL,
             ) from exc
         finally:

@@ -1,0 +1,128 @@
+"""Merging an overlay whose QEMU is gone, on real qcow2 files: nothing newer is ever lost."""
+
+import os
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from qsnapd.errors import StoreError
+from qsnapd.model.plan import OverlayPlan, PivotPlan
+from qsnapd.snapshot.merge import merge_offline
+from tests.parts import find_qemu
+
+SIZE_BYTES = 1 << 20
+IMG = str(find_qemu("7.2").img)
+IO = str(find_qemu("7.2").img.with_name("qemu-io"))
+
+
+@pytest.fixture
+def pivot(tmp_path: Path) -> PivotPlan:
+    base, overlay = tmp_path / "web.qcow2", tmp_path / "web.after-s.qcow2"
+    create = [IMG, "create", "-q", "-f", "qcow2"]
+    subprocess.run([*create, base, str(SIZE_BYTES)], check=True)
+    subprocess.run([*create, "-b", base, "-F", "qcow2", overlay], check=True)
+    write(base, 1)
+    os.utime(base, ns=(0, 0))
+    return PivotPlan(
+        overlay=OverlayPlan(
+            target="vda",
+            path=str(overlay),
+            partial=f"{overlay}.01234567.partial",
+            backing=str(base),
+            backing_format="qcow2",
+            virtual_size_bytes=SIZE_BYTES,
+        ),
+        node="disk0",
+        overlay_node="qsnapd-01234567-0",
+        fdset_id=0,
+        chain=(),
+    )
+
+
+def write(image: Path | str, pattern: int) -> None:
+    subprocess.run(
+        [IO, "-f", "qcow2", "-c", f"write -P {pattern} 0 64k", image],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def holds(image: Path | str, pattern: int) -> bool:
+    command = [IO, "-f", "qcow2", "-c", f"read -P {pattern} 0 64k", image]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "Pattern verification failed" not in done.stdout + done.stderr
+
+
+def merge(pivot: PivotPlan, ours: frozenset[int], qemu_img: str = IMG) -> None:
+    trio.run(partial(merge_offline, pivot, ours, qemu_img=qemu_img))
+
+
+def inodes(pivot: PivotPlan) -> frozenset[int]:
+    return frozenset({os.stat(pivot.overlay.path).st_ino})
+
+
+def test_what_the_guest_wrote_last_is_merged(pivot: PivotPlan) -> None:
+    write(pivot.overlay.path, 2)
+    merge(pivot, inodes(pivot))
+    assert holds(pivot.overlay.backing, 2)
+
+
+def test_an_empty_overlay_changes_nothing(pivot: PivotPlan) -> None:
+    write(pivot.overlay.backing, 3)  # newer than the overlay, which does not matter then
+    merge(pivot, inodes(pivot))
+    assert holds(pivot.overlay.backing, 3)
+
+
+def test_a_base_written_to_since_is_never_overwritten(pivot: PivotPlan) -> None:
+    write(pivot.overlay.path, 2)
+    write(pivot.overlay.backing, 3)
+    with pytest.raises(StoreError, match="started from it again"):
+        merge(pivot, inodes(pivot))
+    assert holds(pivot.overlay.backing, 3)
+    assert holds(pivot.overlay.path, 2)
+
+
+def test_a_file_that_is_not_ours_is_left_alone(pivot: PivotPlan) -> None:
+    write(pivot.overlay.path, 2)
+    merge(pivot, frozenset())
+    assert holds(pivot.overlay.backing, 1)
+
+
+def test_the_overlays_own_word_for_its_base_is_not_taken(
+    pivot: PivotPlan, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign.raw"
+    foreign.write_bytes(bytes(SIZE_BYTES))
+    rebase = [IMG, "rebase", "-u", "-b", str(foreign), "-F", "raw", pivot.overlay.path]
+    subprocess.run(rebase, check=True)
+    write(pivot.overlay.path, 2)
+    merge(pivot, inodes(pivot))
+    assert foreign.read_bytes() == bytes(SIZE_BYTES)
+    assert holds(pivot.overlay.backing, 2)
+
+
+def test_an_overlay_with_a_data_file_of_its_own_is_refused(pivot: PivotPlan) -> None:
+    with open(pivot.overlay.path, "r+b") as file:
+        file.seek(72)
+        file.write((1 << 2).to_bytes(8, "big"))
+    with pytest.raises(StoreError, match="altered"):
+        merge(pivot, inodes(pivot))
+
+
+def test_qemu_img_runs_as_the_images_owner(pivot: PivotPlan, tmp_path: Path) -> None:
+    write(pivot.overlay.path, 2)
+    owner = os.geteuid() or 65534  # only root can give files away
+    for path in (pivot.overlay.path, pivot.overlay.backing):
+        os.chown(path, owner, -1)
+    seen, spy = tmp_path / "seen", tmp_path / "spy"
+    seen.touch()
+    seen.chmod(0o666)
+    spy.write_text(f'#!/bin/sh\nid -u >> {seen}\nexec {IMG} "$@"\n')
+    for folder in (spy, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    merge(pivot, inodes(pivot), qemu_img=str(spy))
+    assert set(seen.read_text().split()) == {str(owner)}
+    assert holds(pivot.overlay.backing, 2)
