@@ -8,6 +8,7 @@ in turns. A missed target is said loudly and is no error.
 """
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import IO
 
 from rich.console import Console
 
-from tests.bench.measuring import FLOOR, HASHED, STRATEGIES, Notebook, Scale, measure
+from tests.bench.measuring import Scale, measure
+from tests.bench.notebook import FLOOR, HASHED, STRATEGIES, Notebook
 from tests.bench.report import print_table, write_json, write_plot
 from tests.bench.summary import Results, summarize
 from tests.parts import PartMissing, qemu_versions
@@ -39,7 +41,9 @@ async def bench(scale: Scale, folder: Path, log: IO[bytes]) -> None:
     write_json(folder / "bench.jsonl", measurements, lines)
     write_plot(folder / "bench.png", lines)
     print_table(lines, console)
-    console.print(f"see also {folder}/bench.jsonl and bench.png")
+    load, cpus = os.getloadavg()[2], os.cpu_count()
+    console.print(f"load average {load:.1f} on {cpus} CPUs; the bench alone makes about 2")
+    console.print(f"see also {folder}/bench.jsonl and bench.png", soft_wrap=True)
 
 
 def main() -> int:

@@ -9,17 +9,18 @@ import mmap
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import trio
 
 from qsnapd.control.client import Client
 from qsnapd.errors import CapabilityMissing
 from tests.bench.floor import BareMonitor, Disk, Floor
+from tests.bench.notebook import QSNAPCTL, Measurement, Notebook, Subject
 from tests.harness import Disk as NewDisk
 from tests.harness import Slots, Vm, open_vm
 from tests.parts import Qemu
@@ -40,46 +41,6 @@ class Scale:
     dirtied_mib: int
     sized_rounds: int
     """The last so many rounds' images are kept until the end, and their RAM is counted."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One way to take a checkpoint."""
-
-    name: str
-    strategy: str | None = None
-    """None: by the bare script."""
-    hashed: bool = False
-
-
-FLOOR = Subject("floor")
-BACKGROUND = Subject("background", "background")
-STRATEGIES = (BACKGROUND, Subject("precopy", "precopy"), Subject("stopped", "stopped"))
-QSNAPCTL = Subject("qsnapctl list")
-HASHED = Subject("background, hashed", "background", hashed=True)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number."""
-
-    qemu: str
-    subject: str
-    round: int
-    measure: str
-    """What `value` is, its unit at the end."""
-    value: float
-
-
-@dataclass(frozen=True)
-class Notebook:
-    """Where everything is written down."""
-
-    tell: Callable[[str], None]
-    """For whoever watches the bench."""
-    log: IO[bytes]
-    """For the daemons' logs."""
-    measurements: list[Measurement] = field(default_factory=list)
 
 
 async def measure(

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.measuring import Measurement
+from tests.bench.notebook import Measurement
 from tests.bench.summary import Line
 
 PANELS = (

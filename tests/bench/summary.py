@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from tests.bench.measuring import (
+from tests.bench.notebook import (
     BACKGROUND,
     FLOOR,
     HASHED,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.bench.measuring import BACKGROUND, FLOOR, Measurement
+from tests.bench.notebook import BACKGROUND, FLOOR, Measurement
 from tests.bench.summary import PAUSE_OVER_FLOOR, Line, Results, summarize
 from tests.parts import BACKPORTS_QEMU, ROOT, SYSTEM_QEMU
 

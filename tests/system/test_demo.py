@@ -12,7 +12,7 @@ import trio
 
 from tests.parts import ROOT
 
-DEMO_LIMIT_S = 120.0
+DEMO_LIMIT_S = 240.0
 END_LIMIT_S = 60.0
 CTRL_C = b"\x03"
 
