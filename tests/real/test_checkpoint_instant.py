@@ -3,10 +3,19 @@
 import mmap
 from pathlib import Path
 
-from qsnapd.model.request import RevertRequest
+import pytest
+import trio
+
+from qsnapd.errors import CaptureFailed, Effect
+from qsnapd.model.request import CreateRequest, OnLimit, RevertRequest
+from qsnapd.model.snapshot import Strategy
 from tests.guests import pages, slots
-from tests.harness import Pages, Vm, open_vm
-from tests.real.cases import VM, Case, each_case, open_busy
+from tests.harness import Disk, Pages, Vm, open_vm
+from tests.monitor import Monitor
+from tests.parts import Qemu
+from tests.real.cases import BUSY, NEWEST, TWO_DISKS, VM, Case, each_case, each_qemu, open_busy
+from tests.real.footprint import look_through
+from tests.real.test_guests import migrated, pivot
 from tests.rig import open_rig
 
 ROUNDS = 3
@@ -55,7 +64,7 @@ async def test_three_in_a_row_all_restore(case: Case, tmp_path: Path) -> None:
 
 @each_case
 async def test_all_of_ram_is_of_one_instant(case: Case, tmp_path: Path) -> None:
-    """The guest dirties it as fast as it can: precopy does not converge by itself."""
+    """The guest dirties it as fast as it can."""
     async with open_vm(case.qemu, Pages(), memory_mib=RAM_MIB) as vm:
         await vm.wait_line(lambda line: line.startswith("PASS 00000004"))
         async with open_rig(case.qemu, tmp_path / "state", **{VM: vm}) as rig:
@@ -77,3 +86,74 @@ async def read_ram(vm: Vm, dump: Path) -> pages.PagesReport:
     await vm.execute("pmemsave", val=0, size=RAM_MIB * MIB, filename=str(dump))
     with dump.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as raw:
         return pages.check_ram(raw)
+
+
+def give_precopy_no_time(on_limit: OnLimit) -> CreateRequest:
+    """Return a request that reaches its limit at the first look."""
+    return CreateRequest(
+        name="s", strategy=Strategy.PRECOPY, precopy_limit_s=0.001, on_limit=on_limit
+    )
+
+
+@each_qemu
+async def test_precopy_at_its_limit_gives_up(qemu: Qemu, tmp_path: Path) -> None:
+    async with open_vm(qemu, Pages(), disks=TWO_DISKS, memory_mib=RAM_MIB) as vm:
+        await vm.wait_line(lambda line: line.startswith("PASS 00000004"))
+        async with open_rig(qemu, tmp_path, **{VM: vm}) as rig, vm.monitor() as monitor:
+            before = await look_through(monitor, vm, tmp_path)
+            with pytest.raises(CaptureFailed, match="did not converge") as failed:
+                await rig.create(VM, give_precopy_no_time(OnLimit.ABORT))
+            assert failed.value.effect is Effect.ROLLED_BACK
+            assert await look_through(monitor, vm, tmp_path) == before
+            assert "STOP" not in {event["event"] for event in monitor.events}
+
+
+@each_qemu
+async def test_precopy_at_its_limit_stops_the_guest(qemu: Qemu, tmp_path: Path) -> None:
+    async with open_vm(qemu, Pages(), memory_mib=RAM_MIB) as vm:
+        await vm.wait_line(lambda line: line.startswith("PASS 00000004"))
+        async with open_rig(qemu, tmp_path / "state", **{VM: vm}) as rig:
+            manifest = await rig.create(VM, give_precopy_no_time(OnLimit.STOP))
+            assert manifest.paused_ms > 0
+            assert rig.host.vm(VM).state == "running"
+            await rig.revert(VM, RevertRequest(name="s", state="paused"))
+            assert (await read_ram(vm, tmp_path / "ram")).one_instant
+
+
+async def save(monitor: Monitor, vm: Vm, *capabilities: str) -> None:
+    """Save memory by hand, and let the guest go on."""
+    states = [{"capability": name, "state": True} for name in ("events", *capabilities)]
+    await monitor.execute("migrate-set-capabilities", capabilities=states)
+    await monitor.execute("migrate", uri=f"file:{vm.folder}/memory")
+    await migrated(monitor)
+    await monitor.execute("cont")
+
+
+@pytest.mark.parametrize(
+    "capabilities", [(), ("background-snapshot",)], ids=["precopy", "background"]
+)
+@pytest.mark.parametrize("complaint", ["LOST", "FUTURE"])
+async def test_guest_notices_what_a_wrong_order_does(
+    capabilities: tuple[str, ...], complaint: str
+) -> None:
+    """Live, by hand, and the guest at work between the pivot and the saving of memory."""
+    async with open_vm(NEWEST, BUSY, disks=[Disk("qcow2"), Disk("raw", "scsi")]) as vm:
+        await vm.wait_checked()
+        async with vm.monitor() as monitor:
+            if complaint == "LOST":
+                await pivot(vm, monitor)
+                await vm.wait_checked()
+                await save(monitor, vm, *capabilities)
+            else:
+                await save(monitor, vm, *capabilities)
+                await vm.wait_checked()
+                await pivot(vm, monitor)
+        assert vm.slots_report().fine
+
+        await vm.kill()
+        mark = len(vm.log_lines())
+        await trio.run_process([*vm.argv, "-incoming", f"file:{vm.folder}/memory"])
+        await vm.wait_checked(since=mark)
+        complaints = vm.slots_report(mark).bad_lines
+    assert complaints
+    assert all(line.startswith(complaint) for line in complaints)
