@@ -74,10 +74,9 @@ class FakeMonitor:
     def serve(self, name: str, handler: Handler) -> None:
         self._handlers[name] = handler
 
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self) -> None:
         """Serve until cancelled, which is the end of QEMU."""
         async with trio.open_nursery() as self._nursery:
-            task_status.started()
             async for request in self._receiver:
                 await trio.sleep(COMMAND_S)
                 if request.name in self.hangs:

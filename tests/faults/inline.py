@@ -33,9 +33,13 @@ async def run_program_here(
 ) -> "subprocess.CompletedProcess[bytes]":
     """`trio.run_process`: can be cancelled before it begins and when its work is done."""
     await trio.lowlevel.checkpoint()
-    done = subprocess.run(command, capture_output=True, check=True, pass_fds=pass_fds)
+    done = _run(command, pass_fds)
     await trio.lowlevel.checkpoint()
     return done
+
+
+def _run(command: Sequence[str], pass_fds: Sequence[int]) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(command, capture_output=True, check=True, pass_fds=pass_fds)
 
 
 def stay_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from qsnapd.vm.identity import ProcessIdentity, identify
 from qsnapd.vm.tracker import Tracker
 from tests.faults.fake_blocks import VIRTUAL_SIZE_BYTES
 from tests.faults.fake_migration import SavingScript
-from tests.faults.fake_qemu import FakeQemu, Facts
+from tests.faults.fake_qemu import Facts, FakeQemu
 from tests.faults.fake_transport import FakeTransport
 from tests.parts import SYSTEM_QEMU, find_qemu
 
@@ -47,7 +47,7 @@ class Case:
     image_format: ImageFormat | None = None
     status: str = "running"
     disks: int = 1
-    saving: SavingScript = SavingScript()
+    saving: SavingScript = field(default_factory=SavingScript)
 
     @property
     def request(self) -> CreateRequest:
@@ -212,7 +212,7 @@ def not_as_before(before: Look, now: Look) -> list[str]:
         facts = replace(facts, status="paused")
     found = [
         f"{name}: was {getattr(before.facts, name)}, is {getattr(facts, name)}"
-        for name in (field.name for field in fields(Facts))
+        for name in (f.name for f in fields(Facts))
         if getattr(before.facts, name) != getattr(facts, name)
     ]
     if before.files != now.files:
@@ -241,7 +241,7 @@ async def open_scene(case: Case) -> AsyncIterator[Scene]:
         vm_store = store.vm(VM)
         qemu = FakeQemu(paths, version=case.version, status=case.status)
         async with trio.open_nursery() as nursery:
-            await nursery.start(qemu.monitor.run)
+            nursery.start_soon(qemu.monitor.run)
             try:
                 qemu.migration.script = case.saving
                 scene = Scene(case, folder, vm_store, qemu)

@@ -43,6 +43,7 @@ class Switched(Exception):
 
 
 async def switch_nothing(*_arguments: object) -> AttachedVm:
+    await trio.lowlevel.checkpoint()
     raise Switched
 
 

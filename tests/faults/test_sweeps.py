@@ -11,9 +11,12 @@ from tests.faults.scene import CASES, Case
 from tests.faults.sweeps import cancel_sweep, death_sweep, fault_sweep, recovery_sweep
 
 STOPPED, PRECOPY, BACKGROUND = (Case("10.0.2", strategy) for strategy in Strategy)
+OLD_BACKGROUND = Case("7.2.22", Strategy.BACKGROUND)
 
 cases = pytest.mark.parametrize("case", CASES, ids=str)
-faults = pytest.mark.parametrize("fault", list(Fault), ids=lambda fault: fault.name.lower())
+# Lost before a command is the same as lost after the one that precedes it.
+SWEPT = (Fault.REFUSED, Fault.LATE, Fault.LOST_AFTER)
+faults = pytest.mark.parametrize("fault", SWEPT, ids=lambda fault: fault.name.lower())
 
 
 @cases
@@ -49,8 +52,8 @@ def test_any_command_fails_before_or_after_a_save_that_failed(case: Case, fault:
     assert fault_sweep(replace(case, saving=SavingScript(fails_in=stage)), fault) == []
 
 
-@cases
-@pytest.mark.parametrize("lost_at", ["blockdev-add", "transaction", "cont"])
+@pytest.mark.parametrize("case", [STOPPED, BACKGROUND, OLD_BACKGROUND], ids=str)
+@pytest.mark.parametrize("lost_at", ["transaction", "cont"])
 def test_recovery_is_cut_off_at_any_command(case: Case, lost_at: str) -> None:
     assert recovery_sweep(case, lost_at) == []
 
