@@ -1,6 +1,9 @@
 """The disks of a running VM, as QEMU's block graph tells them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import trio
 
 from qsnapd.errors import CommandRefused
 from qsnapd.model.base import Frozen
@@ -10,6 +13,7 @@ from qsnapd.qmp.block import BitmapInfo, BlockInfo, ImageInfo, NodeInfo, QueryBl
 from qsnapd.qmp.commands import FdsetInfo, QomGet, QueryFdsets
 from qsnapd.qmp.session import QmpSession
 from qsnapd.vm.identity import plain_name, resolve_image_path
+from qsnapd.vm.proc import FileKey, open_files
 
 FDSET_PREFIX = "/dev/fdset/"
 
@@ -77,9 +81,10 @@ async def read_disks(session: QmpSession, pid: int) -> tuple[Disk, ...]:
     devices = await session.execute(QueryBlock())
     fdsets = await session.execute(QueryFdsets())
     types = [await _device_type(session, device) for device in devices]
+    files = await trio.to_thread.run_sync(open_files, pid)
     named = {fdset.fdset_id: path for fdset in fdsets if (path := _handed_path(fdset))}
     return tuple(
-        _disk(device, target, pid, named)
+        _disk(device, target, partial(_find, pid, files, named))
         for device, target in zip(devices, assign_targets(devices, types), strict=True)
     )
 
@@ -125,12 +130,20 @@ def _handed_path(fdset: FdsetInfo) -> str | None:
     return next((fd.opaque for fd in fdset.fds if fd.opaque and fd.opaque.startswith("/")), None)
 
 
-def _disk(device: BlockInfo, target: str, pid: int, handed: Mapping[int, str]) -> Disk:
+def _find(
+    pid: int, files: Mapping[FileKey, str], handed: Mapping[int, str], filename: str
+) -> FileIdentity | None:
+    return resolve_image_path(pid, _seen_name(filename, handed), files)
+
+
+def _disk(
+    device: BlockInfo, target: str, find: Callable[[str], FileIdentity | None]
+) -> Disk:
     node = device.inserted
     images = _images(node.image) if node else []
     chain = []
     for image in images:
-        identity = resolve_image_path(pid, _seen_name(image.filename, handed))
+        identity = find(image.filename)
         if identity is None:
             break
         chain.append(identity)

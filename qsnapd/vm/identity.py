@@ -135,22 +135,25 @@ def key_of(path: str) -> FileKey | None:
     return status.st_dev, status.st_ino
 
 
-def resolve_image_path(pid: int, name: str) -> FileIdentity | None:
+def resolve_image_path(
+    pid: int, name: str, files: Mapping[FileKey, str] | None = None
+) -> FileIdentity | None:
     """The file that QEMU, process *pid*, means by *name*, if it can be reached from here.
 
     QEMU repeats names as they were given: relative to where it was started, or to a root
     it has since changed. A file counts only if the process has it open; so a file that was
-    later put under the same name is never taken for it.
+    later put under the same name is never taken for it. *files* is what `open_files` says,
+    for a caller with many names.
 
     Raises: SessionLost, VmError: the process is gone, or not ours to look into.
     """
     name = os.path.normpath(plain_name(name))
-    files = open_files(pid)
+    files = open_files(pid) if files is None else files
     with proc_errors(pid):
         root, cwd = os.readlink(f"/proc/{pid}/root"), os.readlink(f"/proc/{pid}/cwd")
     for candidate in (os.path.join(cwd, name), os.path.normpath(f"{root}/{name}")):
         key = key_of(candidate)
-        if key in files:
+        if key is not None and key in files:
             # The kernel's name has no symbolic link in it that could be turned elsewhere.
             return _reachable(files[key], key) or _reachable(candidate, key)
     # A relative name after -daemonize has changed to "/": only the end of the path is known.
