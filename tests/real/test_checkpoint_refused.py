@@ -83,6 +83,9 @@ async def test_requests_that_cannot_be(qemu: Qemu, tmp_path: Path) -> None:
                 elsewhere / ("m" * 250): "too long",
             }.items():
                 await refused.require(TargetRefused, words, CreateRequest(memory_file=str(path)))
+            await refused.require(
+                BadRequest, "qsnapd's own", CreateRequest(memory_file=str(state_dir / VM / "file"))
+            )
             for disks, words in {
                 (DiskRequest(target="vdz"),): "no disk named 'vdz'",
                 (DiskRequest(target="vda"), DiskRequest(target="device0")): "vda specified twice",
@@ -154,6 +157,7 @@ async def test_block_job_running(qemu: Qemu, tmp_path: Path) -> None:
 @each_qemu
 async def test_more_ram_than_room(qemu: Qemu, tmp_path: Path) -> None:
     """No need to fill a disk: RAM that nobody touches costs nothing, however much it is."""
+    state_dir = tmp_path / "state"
     size_mib = free_bytes(tmp_path) // MIB + 1
     backend = f"memory-backend-ram,id=ram,size={size_mib}M,reserve=off"
     huge = ["-object", backend, "-machine", "memory-backend=ram", "-S"]
@@ -161,8 +165,8 @@ async def test_more_ram_than_room(qemu: Qemu, tmp_path: Path) -> None:
         await vm.execute("cont")
         await vm.execute("stop")
         async with (
-            open_rig(qemu, tmp_path, **{VM: vm}) as rig,
-            refusals(rig, vm, tmp_path) as refused,
+            open_rig(qemu, state_dir, **{VM: vm}) as rig,
+            refusals(rig, vm, state_dir) as refused,
         ):
             await refused.require(StoreFull, "bytes free", CreateRequest())
             elsewhere = str(tmp_path / "memory")

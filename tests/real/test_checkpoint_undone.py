@@ -9,7 +9,7 @@ import trio
 from qsnapd.errors import CommandRefused, Effect, JobCancelled, QsnapError, ReplyTimeout
 from qsnapd.model.job import Phase
 from qsnapd.model.request import CreateRequest
-from qsnapd.qmp.commands import Command
+from qsnapd.qmp.commands import Command, Cont
 from tests.harness import Vm
 from tests.real.cases import NEWEST, STRATEGIES, VM, Case, each_strategy, open_busy
 from tests.real.footprint import look
@@ -59,17 +59,23 @@ class FailAt:
 
 
 class CountSteps:
-    """A hook that counts the job's steps until memory has been saved."""
+    """A hook that counts the job's steps until the guest is let go, or memory has been saved.
+
+    What comes after the first `cont` is asked again as often as it takes.
+    """
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
+        self._over = False
         self.steps = 0
 
     async def __call__(self, command: Command[Any], step: int) -> None:
         job = self._rig.host.job(VM)
         assert job is not None
-        if job.phase is not Phase.FINISHING:
-            self.steps = step
+        if self._over or job.phase is Phase.FINISHING:
+            return
+        self.steps = step
+        self._over = isinstance(command, Cont)
 
 
 async def attempt(rig: Rig, request: CreateRequest) -> QsnapError | None:
