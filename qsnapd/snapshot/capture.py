@@ -42,6 +42,7 @@ class Capture:
 
     async def halt(self) -> None:
         """Stop the guest, if it was running; QEMU drains and flushes its disks."""
+        self.window.begun = True
         if self.plan.was_running:
             begun_s = trio.current_time()
             await self.vm.session.execute(Stop())
@@ -60,8 +61,8 @@ class Capture:
 
     @property
     def to_resume(self) -> bool:
-        """The guest ran, and its user has not suspended it meanwhile."""
-        return self.plan.was_running and not self.vm.tracker.held_by_user
+        """The guest ran, or its user has asked for that meanwhile, and not for the contrary."""
+        return self.vm.tracker.is_to_run(ran_before=self.plan.was_running)
 
     async def release(self) -> None:
         """Let the guest run again, if it is to."""

@@ -41,6 +41,7 @@ async def capture_precopy(capture: Capture) -> None:
                 ) from None
             await session.execute(Stop())
             await wait_saved(session, "pre-switchover", watcher=capture.watch)
+        capture.window.begun = True
         watch = Stopwatch()
         await capture.pivot()
         await session.execute(MigrateContinue())

@@ -29,6 +29,7 @@ from qsnapd.qmp.block import (
 from qsnapd.qmp.commands import CloseFd, QueryFdsets, RemoveFd
 from qsnapd.qmp.migration import (
     MigrateCancel,
+    MigrateContinue,
     MigrateSetCapabilities,
     MigrateSetParameters,
     QueryMigrate,
@@ -37,6 +38,7 @@ from qsnapd.qmp.migration import (
 from qsnapd.qmp.session import QmpSession
 from qsnapd.vm.attached import AttachedVm
 
+CANCEL_PATIENCE_S = 1.0
 LOOK_EVERY_S = 0.1
 """Backstop between looks at something that also sends events."""
 
@@ -72,13 +74,25 @@ async def settle_migration(session: QmpSession, plan: CheckpointPlan) -> None:
     Cancelling is right only where QEMU survives it; elsewhere the save runs to its end.
     """
     with session.watch("MIGRATION") as events:
-        cancelled = False
+        cancelled_s: float | None = None
         while (await session.execute(QueryMigrate())).active:
-            if plan.cancellable and not cancelled:
+            if plan.cancellable and cancelled_s is None:
                 await session.execute(MigrateCancel())
-                cancelled = True
+                cancelled_s = trio.current_time()
+            elif cancelled_s and trio.current_time() - cancelled_s > CANCEL_PATIENCE_S:
+                await _kick(session)
             with trio.move_on_after(LOOK_EVERY_S):
                 await events.receive()
+
+
+async def _kick(session: QmpSession) -> None:
+    """Wake a QEMU that was cancelled in the very moment of its switchover.
+
+    It then waits for `migrate-continue`, in a state in which it says "cancelling", with the
+    guest stopped, for ever (seen on 7.2). The command takes the state it is to be in.
+    """
+    with suppress(CommandRefused):  # it has moved on by itself
+        await session.execute(MigrateContinue(state="cancelling"))
 
 
 async def give_back_run_state(vm: AttachedVm, plan: CheckpointPlan) -> None:
@@ -86,7 +100,7 @@ async def give_back_run_state(vm: AttachedVm, plan: CheckpointPlan) -> None:
 
     Raises: GuestLeftPaused: it cannot be made to.
     """
-    if not plan.was_running or vm.tracker.held_by_user:
+    if not vm.tracker.is_to_run(ran_before=plan.was_running):
         return
     try:
         await vm.ensure_running()

@@ -98,6 +98,7 @@ class AttachedVm:
         """
         was_held, self.tracker.held_by_user = self.tracker.held_by_user, False
         if self.tracker.held_by_job:
+            self.tracker.resume_asked = True
             if was_held:
                 self.tracker.become(Condition.PAUSED_SNAPSHOT)
             return

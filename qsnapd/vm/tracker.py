@@ -16,6 +16,8 @@ class PauseWindow:
     def __init__(self) -> None:
         self.stopped_at_s: float | None = None
         self.resumed_at_s: float | None = None
+        self.begun = False
+        """From now on the job needs the guest to stand still, whoever has stopped it."""
 
     @property
     def paused_ms(self) -> float:
@@ -44,6 +46,8 @@ class Tracker:
         self._window: PauseWindow | None = None
         self.held_by_user = False
         """The user has suspended the VM, perhaps while a job held it anyway."""
+        self.resume_asked = False
+        """The user wants it to run as soon as the job that holds it lets go."""
 
     def on_event(self, event: QmpEvent) -> None:
         """Follow one QEMU event."""
@@ -60,7 +64,7 @@ class Tracker:
             self._announced = None
         if event.name == "RESUME" and self._window is None:
             self.held_by_user = False  # somebody has resumed it, here or on another monitor
-        if self._window is not None:
+        if self._window is not None and (event.name != "STOP" or self.held_by_job):
             self._window.note(event)
 
     def on_attached(self, status: str, remembered: Condition | None) -> None:
@@ -92,6 +96,7 @@ class Tracker:
     def holding(self) -> Iterator[PauseWindow]:
         """During the block a job holds the guest, or is about to; yields when it did."""
         self._window = window = PauseWindow()
+        self.resume_asked = False
         if self.running:
             self.held_by_user = False
         try:
@@ -114,9 +119,13 @@ class Tracker:
         """A job is inside its pause window right now, and alone decides when it ends."""
         return (
             self._window is not None
-            and self._window.stopped_at_s is not None
             and self._window.resumed_at_s is None
+            and (self._window.begun or self.condition is Condition.PAUSED_SNAPSHOT)
         )
+
+    def is_to_run(self, *, ran_before: bool) -> bool:
+        """Whether a guest that a job lets go of is to run, by what its user wants."""
+        return not self.held_by_user and (ran_before or self.resume_asked)
 
     @property
     def running(self) -> bool:

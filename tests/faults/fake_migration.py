@@ -35,6 +35,8 @@ class SavingScript:
     """The stage in which the save fails: "setup", "active", "saving" or "device"."""
     cancelling_s: float = 0.0
     """How long it stays in "cancelling"."""
+    forgets_cancel: bool = False
+    """It stays in "cancelling" until `migrate-continue`, as 7.2 does in an unlucky moment."""
 
 
 class SaveFailed(Exception):
@@ -165,9 +167,10 @@ class FakeMigration:
             self._enter(self.save, "cancelling")
             self.save.scope.cancel()
 
-    def _continue(self, _arguments: Arguments) -> None:
-        if self.save is None or self.save.status != "pre-switchover":
-            raise Refusal("Migration not in expected state: pre-switchover")
+    def _continue(self, arguments: Arguments) -> None:
+        expected = arguments["state"]
+        if self.save is None or self.save.status != expected:
+            raise Refusal(f"Migration not in expected state: {expected}")
         self.save.switchover.set()
 
     def _enter(self, save: Save, status: str) -> None:
@@ -190,6 +193,8 @@ class FakeMigration:
                 self._enter(save, "completed")
             if save.scope.cancelled_caught:
                 await trio.sleep(self.script.cancelling_s)
+                if self.script.forgets_cancel:
+                    await save.switchover.wait()
                 self._give_up(save, "cancelled")
         except SaveFailed as exc:
             save.error = str(exc)

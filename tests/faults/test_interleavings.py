@@ -104,6 +104,22 @@ async def test_cancelling_takes_a_while(autojump_clock: MockClock) -> None:
         assert scene.complaints(None) == []
 
 
+async def test_cancelled_in_the_moment_of_switchover(autojump_clock: MockClock) -> None:
+    """QEMU forgets the cancel, and would hold its guest for ever."""
+    case = replace(PRECOPY, saving=SavingScript(step_s=10.0, forgets_cancel=True))
+    async with open_scene(case) as scene:
+
+        async def cancel(job: Job) -> None:
+            await until(lambda: scene.qemu.migration.under_way)
+            job.cancel()
+
+        job = await run_job(scene, cancel)
+        assert job.phase is Phase.CANCELLED
+        assert "migrate-continue" in scene.transport.sent
+        assert job.elapsed_ms < 15_000
+        assert scene.complaints(None) == []
+
+
 async def test_what_must_not_be_cancelled_is_left_to_end(autojump_clock: MockClock) -> None:
     """A multifd save: cancelling it could kill QEMU, so it is finished and thrown away."""
     async with open_scene(replace(STOPPED, saving=SavingScript(step_s=1.0))) as scene:
