@@ -18,6 +18,8 @@ from qsnapd.snapshot.saving import progress_of
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.tracker import PauseWindow
 
+FINALIZE_LIMIT_S = 10.0
+
 
 @dataclass
 class Capture:
@@ -99,6 +101,10 @@ class Capture:
             await self.vm.ensure_running()
             await self._respect_user()
         elif self.plan.nodes_can_be_activated:
+            # "completed" comes a moment before QEMU has let go of the run state.
+            with trio.move_on_after(FINALIZE_LIMIT_S):
+                while await self.vm.run_state() == "finish-migrate":
+                    pass
             await self.vm.session.execute(BlockdevSetActive(active=True))
 
 

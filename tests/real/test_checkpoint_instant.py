@@ -126,6 +126,9 @@ async def save(monitor: Monitor, vm: Vm, *capabilities: str) -> None:
     await monitor.execute("migrate-set-capabilities", capabilities=states)
     await monitor.execute("migrate", uri=f"file:{vm.folder}/memory")
     await migrated(monitor)
+    # "completed" comes a moment before QEMU has let go of the run state; no event says so
+    while (await monitor.execute("query-status"))["status"] == "finish-migrate":
+        pass
     await monitor.execute("cont")
 
 
