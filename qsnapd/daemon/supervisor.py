@@ -154,9 +154,9 @@ class Supervisor:
     async def mend_after_job(self) -> None:
         """Go on undoing a job whose undoing failed, until it is done or QEMU is lost."""
         delay_s = MEND_FIRST_S
-        while self.attached is not None and await self._journal_stands():
+        while (vm := self.attached) is not None and await self._journal_stands():
             try:
-                await self.mend(self.attached)
+                await self.mend(vm)  # not self.attached: QEMU may have gone meanwhile
                 self.problem = None
             except QsnapError as exc:
                 self._problem(exc)
