@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from qsnapd.errors import ConfigError
@@ -20,6 +20,7 @@ def _absolute(path: Path) -> Path:
 
 
 HostPath = Annotated[Path, AfterValidator(_absolute)]
+UnitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]*\.service$")]
 
 
 class DaemonConfig(Frozen):
@@ -31,6 +32,9 @@ class DaemonConfig(Frozen):
     """Snapshots and the journal: must survive a reboot."""
     runtime_dir: HostPath = Path("/run/qsnapd")
     """What is worth nothing after a reboot; the socket lies there unless `socket` says more."""
+    pending_dir: HostPath = Path("/var/lib/qsnapd-pending")
+    """What `qsnapd exec` reads; lies beside `state_dir` unless it says more. It is apart from
+    that because the users that QEMUs run as have to get there."""
     qemu_img: str = Field(default="qemu-img", min_length=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     operator_group: str | None = None
@@ -38,13 +42,17 @@ class DaemonConfig(Frozen):
     reader_group: str | None = None
     """Members may look and listen."""
 
-
     @model_validator(mode="before")
     @classmethod
-    def _socket_in_runtime_dir(cls, given: object) -> object:
-        if isinstance(given, dict) and "runtime_dir" in given and "socket" not in given:
-            return {**given, "socket": f"{given['runtime_dir']}/io.qsnapd"}
-        return given
+    def _implied_paths(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        implied = {}
+        if "runtime_dir" in given:
+            implied["socket"] = f"{given['runtime_dir']}/io.qsnapd"
+        if "state_dir" in given:
+            implied["pending_dir"] = f"{str(given['state_dir']).rstrip('/')}-pending"
+        return implied | given
 
 
 class VmConfig(Frozen):
@@ -54,6 +62,26 @@ class VmConfig(Frozen):
     """The QMP socket, for qsnapd alone: QEMU serves one client per monitor."""
     agent: HostPath | None = None
     """The guest agent's socket."""
+    launcher: Literal["spawn", "systemd-run", "unit", "manual"] = "spawn"
+    """Who starts QEMU when the VM is put back to a snapshot."""
+    unit: UnitName | None = None
+    """launcher = "unit": the VM's own, whose ExecStart= is `qsnapd exec VM -- ...`."""
+    properties: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]+=")], ...] = ()
+    """launcher = "systemd-run": of the transient unit."""
+    start_limit_s: PositiveFloat | None = None
+    """How long a QEMU may take to answer once started: by default 60 s, an hour if manual."""
+    instead: dict[str, str] = Field(default_factory=dict)
+    """What to put in place of options that cannot be repeated; see `vm.descriptors`."""
+
+    @model_validator(mode="after")
+    def _unit_is_named(self) -> Self:
+        if self.launcher == "unit" and self.unit is None:
+            raise ValueError('launcher = "unit" needs unit = "NAME.service"')
+        if self.unit is not None and self.launcher != "unit":
+            raise ValueError(f'unit is given, but launcher is "{self.launcher}"')
+        if self.properties and self.launcher != "systemd-run":
+            raise ValueError(f'properties are given, but launcher is "{self.launcher}"')
+        return self
 
 
 class Config(Frozen):

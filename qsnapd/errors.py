@@ -10,6 +10,7 @@ QsnapError
 │   ├── WrongState           the VM's state forbids it
 │   ├── Blocked              QEMU or a device refuses to be checkpointed
 │   ├── TargetRefused        a file named in the request cannot be used
+│   ├── SnapshotDiffers      what a snapshot needs is not what there is now
 │   └── AccessDenied         the client's role does not allow it
 ├── VmError                  the VM's QEMU
 │   ├── MonitorBusy          somebody else holds the QMP socket
@@ -98,6 +99,29 @@ class Blocked(RequestError):
 
 class TargetRefused(RequestError):
     code = "target-refused"
+
+
+class SnapshotDiffers(RequestError):
+    """Host, QEMU or files differ from when the snapshot was taken: it might not restore."""
+
+    code = "snapshot-differs"
+    differences: tuple[str, ...]
+    """One sentence each."""
+    can_be_forced: bool
+    """Whether `force` goes on in spite of all of them."""
+
+    def __init__(
+        self, snapshot: str, differences: tuple[str, ...], *, can_be_forced: bool
+    ) -> None:
+        advice = (
+            "--force goes on in spite of this; the restore may fail then"
+            if can_be_forced
+            else "--force cannot help, this must be put right first; nothing was touched"
+        )
+        lines = (f"snapshot {snapshot} was taken under other conditions:", *differences, advice)
+        super().__init__("\n".join(lines))
+        self.differences = differences
+        self.can_be_forced = can_be_forced
 
 
 class AccessDenied(RequestError):

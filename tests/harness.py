@@ -16,28 +16,24 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import trio
 
 from tests.guests import pages, slots
+from tests.hardware import Disk as Disk  # part of what this module offers
+from tests.hardware import (
+    MachineType,
+    Ram,
+    boot_disk_arguments,
+    disks_arguments,
+    machine_arguments,
+)
 from tests.monitor import Monitor
-from tests.parts import Qemu, initrd, kernel, pages_boot_image
+from tests.parts import Qemu, initrd, kernel, microvm_firmware, pages_boot_image
 
 START_LIMIT_S = 30.0
 KILL_LIMIT_S = 10.0
-
-
-@dataclass(frozen=True)
-class Disk:
-    """One disk to give to the VM."""
-
-    format: Literal["qcow2", "raw"] = "qcow2"
-    interface: Literal["virtio", "scsi", "ide"] = "virtio"
-    spelling: Literal["-blockdev", "-drive", "-hda"] = "-blockdev"
-    """-hda and its like are always ide."""
-    size_mib: int = 64
-    read_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,8 @@ class Slots:
     memory_mib: int = 16
     dirty_mib_s: int = 0
     disk_pause_us: int = 0
+    sign_ms: int = 500
+    """How often it says that it lives; at most every millisecond."""
     kernel_options: str = ""
 
 
@@ -202,6 +200,8 @@ async def open_vm(
     guest: Pages | Slots,
     *,
     disks: Sequence[Disk] = (),
+    machine: MachineType = "pc",
+    ram: Ram = "default",
     memory_mib: int = 128,
     extra: Sequence[str] = (),
     accel: str = "tcg",
@@ -219,15 +219,22 @@ async def open_vm(
             await trio.run_process([str(word) for word in create])
         argv = (
             *(str(qemu.system), "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "pc", "-accel", accel, "-m", str(memory_mib)),
+            *machine_arguments(
+                machine,
+                ram,
+                memory_mib=memory_mib,
+                folder=folder,
+                firmware=microvm_firmware() if machine == "microvm" else None,
+            ),
+            *("-accel", accel),
             *("-chardev", f"socket,id=qmp,path={folder}/qmp,server=on,wait=off"),
             *("-mon", "chardev=qmp,mode=control"),
             *("-chardev", f"socket,id=qmp2,path={folder}/qmp2,server=on,wait=off"),
             *("-mon", "chardev=qmp2,mode=control"),
             *("-chardev", f"file,id=serial,path={folder}/serial,append=on"),
             *("-serial", "chardev:serial"),
-            *_disks_arguments(disks, images),
-            *_guest_arguments(guest, folder),
+            *disks_arguments(machine, disks, images),
+            *_guest_arguments(guest, machine, folder),
             *extra,
             # the parent returns when the sockets listen; the VM is not our child
             *("-daemonize", "-pidfile", f"{folder}/pid"),
@@ -246,64 +253,21 @@ async def open_vm(
         shutil.rmtree(folder)
 
 
-def _guest_arguments(guest: Pages | Slots, folder: Path) -> list[str]:
+def _guest_arguments(guest: Pages | Slots, machine: MachineType, folder: Path) -> list[str]:
     if isinstance(guest, Slots):
         options = (
             # quiet and quick; the rest is what slots.c reads
             "console=ttyS0 quiet panic=-1 edd=off nokaslr mitigations=off noreplace-smp "
             f"no_timer_check lsm= cryptomgr.notests {guest.kernel_options} "
             f"slots.memory_mib={guest.memory_mib} slots.dirty_mib_s={guest.dirty_mib_s} "
-            f"slots.disk_pause_us={guest.disk_pause_us}"
+            f"slots.disk_pause_us={guest.disk_pause_us} slots.sign_ms={guest.sign_ms}"
         )
         return ["-kernel", str(kernel()), "-initrd", str(initrd()), "-append", options]
     image = pages_boot_image()
     if guest.spin:
         image = folder / "pages.img"
         pages.write_slow_boot_image(pages_boot_image(), image, spin=guest.spin)
-    return [
-        *("-blockdev", f"driver=file,node-name=boot,filename={image},read-only=on"),
-        *("-device", "virtio-blk-pci,drive=boot,bootindex=0"),
-    ]
-
-
-def _disks_arguments(disks: Sequence[Disk], images: Sequence[Path]) -> list[str]:
-    letters = iter("abcd")
-    fixed: list[str] = []  # first: these take the places that others may fill as they are free
-    others: list[str] = []
-    for number, (disk, image) in enumerate(zip(disks, images, strict=True)):
-        if disk.spelling == "-hda":
-            fixed += [f"-hd{next(letters)}", str(image)]
-        else:
-            others += _disk_arguments(number, disk, image)
-    return fixed + others
-
-
-def _disk_arguments(number: int, disk: Disk, image: Path) -> list[str]:
-    """Spell one disk: its node is "disk0" or its drive "drive0", its device "device0"."""
-    read_only = "on" if disk.read_only else "off"
-    if disk.spelling == "-drive":
-        name = f"drive{number}"
-        source = f"file={image},format={disk.format},readonly={read_only},id={name}"
-        if disk.interface != "scsi":
-            return ["-drive", f"{source},if={disk.interface}"]
-        backend = ["-drive", f"{source},if=none"]
-    else:
-        name = f"disk{number}"
-        file = f"file.driver=file,file.filename={image}"
-        backend = [
-            "-blockdev",
-            f"driver={disk.format},node-name={name},read-only={read_only},{file}",
-        ]
-    common = f"drive={name},id=device{number}"
-    match disk.interface:
-        case "virtio":
-            return [*backend, "-device", f"virtio-blk-pci,{common}"]
-        case "ide":
-            return [*backend, "-device", f"ide-hd,{common}"]
-        case "scsi":
-            controller = f"virtio-scsi-pci,id=scsi{number}"
-            device = f"scsi-hd,bus=scsi{number}.0,{common}"
-            return ["-device", controller, *backend, "-device", device]
+    return boot_disk_arguments(machine, image)
 
 
 async def _kill(pid: int) -> None:

@@ -12,6 +12,7 @@ from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.model.request import CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.store.layout import Store
+from qsnapd.vm.spawn import Spawn
 from tests.harness import Vm
 from tests.parts import Qemu
 
@@ -40,7 +41,9 @@ async def open_rig(qemu: Qemu, state_dir: Path, **vms: Vm) -> AsyncIterator[Rig]
     with Store(state_dir) as store:
         supervisors = {
             name: Supervisor(
-                name, vm.qmp, store.vm(name), events.publish, qemu_img=str(qemu.img)
+                *(name, vm.qmp, store.vm(name), events.publish),
+                qemu_img=str(qemu.img),
+                launcher=Spawn(),
             )
             for name, vm in vms.items()
         }

@@ -11,7 +11,7 @@ import trio
 
 import qsnapd
 from qsnapd import config
-from qsnapd.errors import QsnapError
+from qsnapd.errors import ConfigError, QsnapError
 
 T = TypeVar("T")
 
@@ -54,6 +54,27 @@ def reconcile(config_file: Path, resume_only: bool) -> None:
 
     if _run(daemon.reconcile, config_file):
         raise click.exceptions.Exit(1)  # the log says which guests could not be resumed
+
+
+@cli.command("exec")
+@_CONFIG
+@click.argument("vm")
+@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED)
+def execute(config_file: Path, vm: str, words: tuple[str, ...]) -> None:
+    """Become the QEMU of VM: what qsnapd has planned for it, else WORDS.
+
+    For the ExecStart= of a VM's own unit: qsnapd exec web -- qemu-system-x86_64 ...
+
+    A plan is run once. WORDS run as they are, but on the newest images of the VM's disks.
+    """
+    from qsnapd.store.pending import Pending
+    from qsnapd.vm.become import become_qemu
+
+    settings = config.load(config_file)
+    if vm not in settings.vm:
+        raise ConfigError(f"{config_file} has no [vm.{vm}]: qsnapd exec takes the name from there")
+    pending = Pending.of(settings.daemon.pending_dir, vm)
+    become_qemu(pending, words, lambda said: click.echo(f"qsnapd: {said}", err=True))
 
 
 def main() -> NoReturn:

@@ -14,7 +14,12 @@ from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.output import print_json, print_labels, size
 from qsnapd.errors import QsnapError
 
-_OPERATIONS = {"create": "Snapshot", "revert": "Snapshot revert"}
+_OPERATIONS = {
+    "create": "Snapshot",
+    "revert": "Snapshot revert",
+    "clone": "Snapshot clone",
+    "start": "Start",
+}
 _ENDS = {"done": "Completed", "failed": "Failed", "cancelled": "Cancelled"}
 
 
@@ -47,24 +52,31 @@ class Meter(Protocol):
     def show(self, job: dict[str, Any]) -> None: ...
 
 
-def follow(cli: Cli, method: str, vm: str, request: dict[str, object]) -> dict[str, Any]:
-    """Start a job, show its progress on a terminal, and return the snapshot.
+def follow(
+    cli: Cli, method: str, vm: str, request: dict[str, object] | None = None
+) -> dict[str, Any]:
+    """Start a job, show its progress on a terminal, and return the last reply.
 
-    Ctrl-C aborts the job and waits until it is undone; a second one leaves at once.
+    If the job waits for a person, say what it wants them to do. Ctrl-C aborts the job and
+    waits until it is undone; a second one leaves at once.
     Raises: the QsnapError that ended the job.
     """
-    snapshot: dict[str, Any] = {}
+    reply: dict[str, Any] = {}
+    told: str | None = None
     with (
         cli.connect() as client,
         _abort_on_interrupt(cli, vm) as running,
-        _meter(cli, request.get("name")) as meter,
+        open_meter(cli, (request or {}).get("name")) as meter,
     ):
-        for reply in client.stream(method, vm=vm, request=request):
+        parameters: dict[str, Any] = {} if request is None else {"request": request}
+        for reply in client.stream(method, vm=vm, **parameters):
             if job := reply["job"]:
                 running["id"] = job["id"]
                 meter.show(job)
-            snapshot = reply["snapshot"] or snapshot
-    return snapshot
+                if job["instruction"] not in (None, told):
+                    told = job["instruction"]
+                    click.echo(f"Start QEMU now, by this command line:\n{told}", err=True)
+    return reply
 
 
 @contextmanager
@@ -93,7 +105,8 @@ class _Silent:
         pass
 
 
-def _meter(cli: Cli, name: object) -> AbstractContextManager[Meter]:
+def open_meter(cli: Cli, name: object) -> AbstractContextManager[Meter]:
+    """A bar on the terminal, if there is one and a person looks at it."""
     if cli.json or not sys.stderr.isatty():
         return nullcontext(_Silent())
     from qsnapd.cli.progress import Bar  # rich takes a while to import
@@ -115,5 +128,7 @@ def _labels(job: dict[str, Any]) -> dict[str, object]:
         "Data remaining": size(max(0, job["total_bytes"] - job["done_bytes"])),
         "Data total": size(job["total_bytes"]),
         "Memory bandwidth": f"{size(job['rate_bytes_per_s'])}/s",
+        "State kept as": job["kept"],
+        "Waits for": job["instruction"],
         "Error": job["error"],
     }

@@ -1,4 +1,4 @@
-"""Verbs that take, show and revert to snapshots."""
+"""Verbs that take and show snapshots."""
 
 from typing import Any
 
@@ -67,28 +67,11 @@ def add_to(group: click.Group) -> None:
             "precopy_limit_bytes": max_size,
             "on_limit": on_limit,
         }
-        snapshot = follow(cli, "CreateSnapshot", domain, request)
-        _report(cli, snapshot, "created")
-
-    @verb(group, "snapshot-revert", "domain", "snapshotname?")
-    @click.option("--current", is_flag=True, help="To the current snapshot.")
-    @click.option("--running", is_flag=True, help="Let the guest run afterwards.")
-    @click.option("--paused", is_flag=True, help="Leave the guest paused.")
-    def snapshot_revert(
-        cli: Cli,
-        domain: str,
-        snapshotname: str | None,
-        current: bool,
-        running: bool,
-        paused: bool,
-    ) -> None:
-        """Put a VM back to a snapshot."""
-        if running and paused:
-            raise click.UsageError("--running and --paused are mutually exclusive")
-        name = _chosen(cli, domain, snapshotname, current)["name"]
-        state = "running" if running else "paused" if paused else None
-        snapshot = follow(cli, "RevertSnapshot", domain, {"name": name, "state": state})
-        _report(cli, snapshot, "reverted")
+        snapshot = follow(cli, "CreateSnapshot", domain, request)["snapshot"]
+        if cli.json:
+            print_json(snapshot)
+        else:
+            click.echo(f"Domain snapshot {snapshot['name']} created")
 
     @verb(group, "snapshot-list", "domain")
     @click.option("--tree", is_flag=True, help="Show which one was taken on top of which.")
@@ -122,7 +105,7 @@ def add_to(group: click.Group) -> None:
     @click.option("--current", is_flag=True, help="Of the current snapshot.")
     def snapshot_info(cli: Cli, domain: str, snapshotname: str | None, current: bool) -> None:
         """Print what is known about a snapshot."""
-        snapshot = _chosen(cli, domain, snapshotname, current)
+        snapshot = chosen(cli, domain, snapshotname, current)
         print_json(snapshot) if cli.json else print_labels(_labels(snapshot))
 
     @verb(group, "snapshot-current", "domain")
@@ -141,13 +124,13 @@ def add_to(group: click.Group) -> None:
     @click.option("--current", is_flag=True, help="Of the current snapshot.")
     def snapshot_parent(cli: Cli, domain: str, snapshotname: str | None, current: bool) -> None:
         """Print the name of a snapshot's parent."""
-        snapshot = _chosen(cli, domain, snapshotname, current)
+        snapshot = chosen(cli, domain, snapshotname, current)
         if snapshot["parent"] is None:
             raise UnknownSnapshot(f"snapshot '{snapshot['name']}' has no parent")
         print_json({"parent": snapshot["parent"]}) if cli.json else click.echo(snapshot["parent"])
 
 
-def _chosen(cli: Cli, vm: str, name: str | None, current: bool) -> dict[str, Any]:
+def chosen(cli: Cli, vm: str, name: str | None, current: bool) -> dict[str, Any]:
     if name is not None and current:
         raise click.UsageError("--current and a snapshot name are mutually exclusive")
     if current:
@@ -165,13 +148,6 @@ def _current(cli: Cli, vm: str) -> dict[str, Any]:
     if snapshot is None:
         raise UnknownSnapshot(f"domain '{vm}' has no current snapshot")
     return snapshot
-
-
-def _report(cli: Cli, snapshot: dict[str, Any], done: str) -> None:
-    if cli.json:
-        print_json(snapshot)
-    else:
-        click.echo(f"Domain snapshot {snapshot['name']} {done}")
 
 
 def _labels(snapshot: dict[str, Any]) -> dict[str, object]:

@@ -65,18 +65,24 @@ class Client:
             ) from exc
 
     def stream(
-        self, method: str, *, limit_s: float | None = None, **parameters: object
+        self,
+        method: str,
+        *,
+        limit_s: float | None = None,
+        descriptor: int | None = None,
+        **parameters: object,
     ) -> Iterator[Reply]:
         """Call *method* for many replies and yield each as it arrives.
 
         Without *limit_s* the next reply may take for ever: the daemon bounds its jobs.
+        *descriptor* is sent along, for the methods that say they want one; it stays open here.
         Raises:
           as `call`, at the reply that says so.
           TimeoutError: the last reply was not there after *limit_s* seconds in all.
         """
         deadline = None if limit_s is None else time.monotonic() + limit_s
         request = {"method": f"{INTERFACE}.{method}", "parameters": parameters, "more": True}
-        self._send(request)
+        self._send(request, descriptor)
         continues = True
         while continues:
             if deadline is not None:
@@ -87,9 +93,13 @@ class Client:
             continues = message.get("continues") is True
             yield _parameters(message)
 
-    def _send(self, request: dict[str, object]) -> None:
+    def _send(self, request: dict[str, object], descriptor: int | None = None) -> None:
+        frame = json.dumps(request).encode() + b"\0"
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\0")
+            if descriptor is not None:  # it travels with the first byte
+                sent = socket.send_fds(self._socket, [frame], [descriptor])
+                frame = frame[sent:]
+            self._socket.sendall(frame)
         except OSError as exc:
             raise ControlError(f"qsnapd closed the connection: {exc.strerror}") from exc
 

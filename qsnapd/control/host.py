@@ -1,5 +1,6 @@
 """What the control socket needs of the daemon below it, and nothing more."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -7,8 +8,10 @@ import trio
 
 from qsnapd.model.event import Event
 from qsnapd.model.job import JobInfo
+from qsnapd.model.launch import LaunchInfo
 from qsnapd.model.request import CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
+from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, TransferProgress
 from qsnapd.model.vm import DiskInfo, VmInfo
 
 
@@ -64,6 +67,15 @@ class Host(Protocol):
     async def revert(self, name: str, request: RevertRequest) -> Job:
         """As `create`, for putting the VM back to a snapshot."""
 
+    async def start(self, name: str) -> Job:
+        """As `create`, for starting a VM that a revert has left shut off."""
+
+    async def launch(self, name: str, request: RevertRequest) -> LaunchInfo:
+        """Say how a revert would start QEMU; touches nothing.
+
+        Raises: UnknownSnapshot, StoreError; Blocked: it cannot be started again, and why.
+        """
+
     def job(self, name: str) -> JobInfo | None:
         """Return the running job, if there is one."""
 
@@ -74,6 +86,33 @@ class Host(Protocol):
         """Ask the running job to stop and undo; returns before it has.
 
         Raises: WrongState: no job runs, or it can no longer be stopped.
+        """
+
+    async def export(
+        self,
+        name: str,
+        request: ExportRequest,
+        descriptor: int | None,
+        tell: Callable[[TransferProgress], None],
+    ) -> Export:
+        """Write a snapshot to a directory, or as a tar stream to *descriptor*.
+
+        *tell* keeps how far it is; called often, from threads too.
+        On failure or cancellation: no directory is left; a stream ends in the middle.
+        Raises: RequestError, StoreError.
+        """
+
+    async def take_in(
+        self,
+        name: str,
+        request: ImportRequest,
+        descriptor: int | None,
+        tell: Callable[[TransferProgress], None],
+    ) -> tuple[str, tuple[str, ...]]:
+        """Import a snapshot from a directory, or from the tar stream of *descriptor*.
+
+        Returns its name, and what may be in the way of a restore on this host.
+        On failure or cancellation: as if never asked. Raises: RequestError, StoreError.
         """
 
     def snapshots(self, name: str) -> tuple[Manifest, ...]: ...

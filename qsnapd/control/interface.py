@@ -17,7 +17,8 @@ from importlib import resources
 from pydantic import AwareDatetime
 
 from qsnapd import errors
-from qsnapd.control.methods import METHODS, Method
+from qsnapd.control.methods import METHODS
+from qsnapd.control.methods.base import Method
 from qsnapd.model.base import Frozen
 
 NAME = "io.qsnapd"

@@ -5,7 +5,10 @@ Foreseeable failures are replies. Anything else is a bug and leaves the nursery.
 
 import json
 import logging
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Never, Self
 
 import trio
@@ -15,7 +18,8 @@ import qsnapd
 from qsnapd.control import interface
 from qsnapd.control.authorization import Access, Peer, Role, require
 from qsnapd.control.host import Host
-from qsnapd.control.methods import METHODS, Method
+from qsnapd.control.methods import METHODS
+from qsnapd.control.methods.base import Method
 from qsnapd.control.wire import Message, PeerGone, Wire
 from qsnapd.errors import BadRequest, ControlError, QsnapError
 from qsnapd.model.base import Frozen
@@ -74,7 +78,8 @@ class Server:
         self._connections[peer.uid] += 1
         try:
             async with stream:
-                await self._converse(wire, peer)
+                with wire:
+                    await self._converse(wire, peer)
         except* PeerGone:  # star: a call with "more" runs in a nursery
             pass  # what it asked for goes on
         finally:
@@ -84,7 +89,8 @@ class Server:
         try:
             self._check_room_for(peer)
             while (frame := await wire.receive()) is not None:
-                await self._serve(wire, _Call.parse(frame), peer)
+                with _held(wire.take_descriptor()) as descriptor:
+                    await self._serve(wire, _Call.parse(frame), peer, descriptor)
             return
         except ControlError as exc:
             log.info("closing the connection of pid %d: %s", peer.pid, exc)
@@ -97,18 +103,22 @@ class Server:
         if self._connections.total() > MAX_CONNECTIONS:
             raise ControlError(f"there are {MAX_CONNECTIONS} connections already")
 
-    async def _serve(self, wire: Wire, call: _Call, peer: Peer) -> None:
+    async def _serve(
+        self, wire: Wire, call: _Call, peer: Peer, descriptor: int | None
+    ) -> None:
         if call.oneway:
-            await self._reply(wire, call, peer)
+            await self._reply(wire, call, peer, descriptor)
         elif call.more:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when_closed, wire, nursery.cancel_scope)
-                await wire.send(await self._reply(wire, call, peer))
+                await wire.send(await self._reply(wire, call, peer, descriptor))
                 nursery.cancel_scope.cancel()
         else:
-            await wire.send(await self._reply(wire, call, peer))
+            await wire.send(await self._reply(wire, call, peer, descriptor))
 
-    async def _reply(self, wire: Wire, call: _Call, peer: Peer) -> Message:
+    async def _reply(
+        self, wire: Wire, call: _Call, peer: Peer, descriptor: int | None
+    ) -> Message:
         async def more(reply: Frozen) -> None:
             await wire.send({"parameters": reply.model_dump(mode="json"), "continues": True})
 
@@ -119,6 +129,7 @@ class Server:
             require(self._access.role(peer), method.needed_role(), type(method).__name__)
             if method.role > Role.READER:
                 log.info("pid %d, uid %d: %s", peer.pid, peer.uid, call.method)
+            method.bring(descriptor)
             reply = await method.answer(self._host, None if call.oneway or not call.more else more)
             return {"parameters": reply.model_dump(mode="json")}
         except QsnapError as exc:
@@ -201,3 +212,13 @@ def _failure(error: QsnapError) -> Message:
 async def _cancel_when_closed(wire: Wire, scope: trio.CancelScope) -> None:
     await wire.wait_closed()
     scope.cancel()
+
+
+@contextmanager
+def _held(descriptor: int | None) -> Iterator[int | None]:
+    """What came along with a call is open for as long as that is being answered."""
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

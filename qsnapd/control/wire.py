@@ -3,7 +3,12 @@
 No peer can make this side wait without a deadline or buffer without a bound.
 """
 
+import array
 import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from typing import Self
 
 import trio
 
@@ -15,6 +20,9 @@ IDLE_LIMIT_S = 300.0
 MESSAGE_LIMIT_S = 10.0
 """How long one message may take from its first byte to its NUL, in either direction."""
 _CHUNK_BYTES = 64 << 10
+_DESCRIPTOR = array.array("i", [0])
+_ANCILLARY_BYTES = socket.CMSG_LEN(_DESCRIPTOR.itemsize)
+"""Room for one descriptor: the kernel closes those that do not fit."""
 
 Message = dict[str, object]
 
@@ -24,7 +32,11 @@ class PeerGone(Exception):
 
 
 class Wire:
-    """One connection's messages. One task reads, one writes."""
+    """One connection's messages. One task reads, one writes.
+
+    A descriptor may come along with a message (SCM_RIGHTS). At most one is held at a time,
+    until it is taken or the block ends; all others are closed as they arrive.
+    """
 
     def __init__(
         self,
@@ -37,6 +49,20 @@ class Wire:
         self._idle_limit_s = idle_limit_s
         self._message_limit_s = message_limit_s
         self._buffer = bytearray()
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the descriptor that nobody took. The stream is the caller's."""
+        if (descriptor := self.take_descriptor()) is not None:
+            os.close(descriptor)
+
+    def take_descriptor(self) -> int | None:
+        """Return the descriptor that has arrived, now the caller's to close; None if none has."""
+        descriptor, self._descriptor = self._descriptor, None
+        return descriptor
 
     async def receive(self) -> bytes | None:
         """Return the next message, unparsed; None if the peer left or rests for too long.
@@ -94,8 +120,28 @@ class Wire:
 
     async def _fill(self) -> bool:
         try:
-            chunk = await self._stream.receive_some(_CHUNK_BYTES)
-        except trio.BrokenResourceError as exc:
+            chunk = await self._read()
+        except (trio.BrokenResourceError, OSError) as exc:
             raise PeerGone from exc
         self._buffer += chunk
         return bool(chunk)
+
+    async def _read(self) -> bytes | bytearray:
+        if not isinstance(self._stream, trio.SocketStream):
+            return await self._stream.receive_some(_CHUNK_BYTES)
+        chunk, ancillary, _, _ = await self._stream.socket.recvmsg(
+            _CHUNK_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+        )
+        for descriptor in _descriptors(ancillary):
+            if self._descriptor is None:
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
+        return chunk
+
+
+def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> Iterator[int]:
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            size = _DESCRIPTOR.itemsize
+            yield from array.array("i", data[: len(data) - len(data) % size])

@@ -16,13 +16,20 @@ from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.errors import Effect, UnknownVm, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo, JobKind, Phase
+from qsnapd.model.launch import LaunchInfo
 from qsnapd.model.request import CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.state import State
+from qsnapd.model.transfer import Export, ExportRequest, ImportRequest
 from qsnapd.model.vm import DiskInfo, VmInfo
+from qsnapd.snapshot.boot import boot
 from qsnapd.snapshot.create import Checkpoint
+from qsnapd.snapshot.export import export_snapshot
+from qsnapd.snapshot.imported import import_snapshot, notes
 from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.meter import Tell
 from qsnapd.snapshot.revert import Revert
+from qsnapd.snapshot.revert_plan import describe_launch
 from qsnapd.vm.disks import read_disks
 
 _SNAPSHOT_EVENTS = {
@@ -121,6 +128,46 @@ class LocalHost:
         self._start(supervisor, job, lambda: revert.run(request))
         return job
 
+    async def start(self, name: str) -> Job:
+        supervisor = self._find(name)
+        job = self._new_job(name, JobKind.START, supervisor.store.current())
+        supervisor.claim(job)
+        self._start(supervisor, job, lambda: boot(supervisor, job))
+        return job
+
+    async def launch(self, name: str, request: RevertRequest) -> LaunchInfo:
+        supervisor = self._find(name)
+        manifest = supervisor.store.manifest(request.name)
+        return await trio.to_thread.run_sync(
+            describe_launch, manifest, request, supervisor.launcher
+        )
+
+    async def export(
+        self, name: str, request: ExportRequest, descriptor: int | None, tell: Tell
+    ) -> Export:
+        store, qemu_img = self._find(name).store, self._qemu_img
+        return await export_snapshot(
+            store, request, qemu_img=qemu_img, descriptor=descriptor, tell=tell
+        )
+
+    async def take_in(
+        self, name: str, request: ImportRequest, descriptor: int | None, tell: Tell
+    ) -> tuple[str, tuple[str, ...]]:
+        supervisor = self._find(name)
+        manifest = await import_snapshot(
+            supervisor.store, request, descriptor=descriptor, tell=tell
+        )
+        self._events.publish(
+            Event(
+                kind=EventKind.SNAPSHOT,
+                vm=name,
+                at=datetime.now(UTC),
+                event="imported",
+                snapshot=manifest.name,
+            )
+        )
+        return manifest.name, await trio.to_thread.run_sync(notes, manifest, supervisor.qmp)
+
     def _new_job(self, vm: str, kind: JobKind, snapshot: str | None) -> Job:
         return Job(next(self._numbers), vm, kind, snapshot, self._publish_job)
 
@@ -128,14 +175,14 @@ class LocalHost:
         self, supervisor: Supervisor, job: Job, work: Callable[[], Awaitable[Manifest]]
     ) -> None:
         async def mend_and_work() -> Manifest:
-            await supervisor.mend_before_job()
+            await supervisor.mender.mend_before_job()
             return await work()
 
         async def run() -> None:
             try:
                 await job.run(mend_and_work)
                 if job.effect is Effect.UNKNOWN:  # undoing it has failed
-                    await supervisor.mend_after_job()
+                    await supervisor.mender.mend_after_job()
             finally:
                 supervisor.let_go()
 

@@ -21,6 +21,7 @@ from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.host import LocalHost
 from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.store.layout import Store
+from qsnapd.vm.spawn import Spawn
 
 DRAIN_LIMIT_S = 20.0
 """How long a running job may go on after SIGTERM before it is cancelled and undone."""
@@ -42,7 +43,9 @@ async def serve(config: Config) -> None:
     with Store(settings.state_dir) as store:
         supervisors = {
             name: Supervisor(
-                name, vm.qmp, store.vm(name), events.publish, qemu_img=settings.qemu_img
+                *(name, vm.qmp, store.vm(name), events.publish),
+                qemu_img=settings.qemu_img,
+                launcher=Spawn(),
             )
             for name, vm in config.vm.items()
         }

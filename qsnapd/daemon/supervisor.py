@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trio
 
+from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.remembered import recall, remember
 from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
 from qsnapd.model.event import Event, EventKind
@@ -20,18 +21,16 @@ from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.recovery import recover, recover_without_qemu
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm, learn
 from qsnapd.vm.condition import lifecycle_event
 from qsnapd.vm.identity import peer_of, read_process
-from qsnapd.vm.process import still_runs, wait_gone
+from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.process import wait_gone
 from qsnapd.vm.tracker import Tracker
 
 RETRY_FIRST_S = 0.1
 RETRY_LONGEST_S = 5.0
-MEND_FIRST_S = 0.5
-MEND_LONGEST_S = 30.0
 EXIT_PATIENCE_S = 2.0
 """How long after losing the monitor the process may take to end."""
 
@@ -49,10 +48,12 @@ class Supervisor:
         publish: Callable[[Event], None],
         *,
         qemu_img: str,
+        launcher: Launcher,
     ) -> None:
         self.name = name
         self.qmp = qmp
         self.store = store
+        self.launcher = launcher
         self.tracker = Tracker(self._condition_changed)
         self.attached: AttachedVm | None = None
         self.problem: str | None = "not connected yet"
@@ -60,10 +61,9 @@ class Supervisor:
         self.last_job: Job | None = None
         self.starting: Condition | None = None
         """What the next QEMU that attaches stands still for, if a job is starting it."""
+        self.mender = Mender(self, publish, qemu_img=qemu_img)
         self._publish = publish
-        self._qemu_img = qemu_img
         self._uuid: str | None = None
-        self._mending = trio.Lock()
         self._changed = trio.Event()
         self._hurry = trio.Event()
         self._unsaved = trio.Event()
@@ -74,6 +74,7 @@ class Supervisor:
             _log.error("VM %s: a snapshot is not listed: %s", self.name, problem)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_condition)
+            nursery.start_soon(self.mender.go_on_reverting)
             delay_s = RETRY_FIRST_S
             while True:
                 was_attached = await self._attach_once()
@@ -98,16 +99,16 @@ class Supervisor:
         except NobodyListens as exc:
             if self.tracker.condition is Condition.NOSTATE_UNKNOWN:
                 self.tracker.on_exit(Condition.SHUTOFF_UNKNOWN)
-            self._problem(exc)
+            self.note_problem(exc)
         except QsnapError as exc:
-            self._problem(exc)
+            self.note_problem(exc)
         finally:
             self.attached = None
             self._announce()
         if vm is not None:
             await self._leave(vm)
         elif self.job is None:
-            await self._recover_offline()
+            await self.mender.mend_offline()
         return vm is not None
 
     async def _enter(self, vm: AttachedVm) -> None:
@@ -115,7 +116,8 @@ class Supervisor:
         self.tracker.on_attached(status, self._remembered(vm))
         if self.job is None:
             self.problem = "an unfinished job of a former daemon is being finished or undone"
-            await self.mend(vm)
+            await self.mender.mend(vm)
+            await self._forget_other_starts()
         _log.info("VM %s: attached to QEMU %s, pid %d", self.name, vm.version.text, vm.identity.pid)
         if self._uuid not in (None, vm.uuid):
             _log.warning("VM %s: another VM answers now: UUID %s", self.name, vm.uuid)
@@ -124,6 +126,11 @@ class Supervisor:
         self.attached = vm
         self._unsaved.set()
         self._announce()
+
+    async def _forget_other_starts(self) -> None:
+        """The VM was started: what was to be started instead is void."""
+        await trio.to_thread.run_sync(self.store.next_start.clear)
+        await self.launcher.abandon()
 
     def _announce(self) -> None:
         self._changed.set()
@@ -137,62 +144,12 @@ class Supervisor:
             self.problem = "QEMU has ended"
             _log.info("VM %s: QEMU has ended (%s)", self.name, self.tracker.condition.text)
 
-    async def mend(self, vm: AttachedVm) -> None:
-        """Finish or undo what the journal says was left unfinished, if anything was."""
-        async with self._mending:
-            done = await recover(vm, self.store, qemu_img=self._qemu_img)
-        if done:
-            self._tell_recovered(done)
-
-    async def mend_before_job(self) -> None:
-        """The same for a job that is about to begin, with QEMU attached or gone."""
-        if self.attached is not None:
-            await self.mend(self.attached)
-        else:
-            await self._mend_offline()
-
-    async def mend_after_job(self) -> None:
-        """Go on undoing a job whose undoing failed, until it is done or QEMU is lost."""
-        delay_s = MEND_FIRST_S
-        while (vm := self.attached) is not None and await self._journal_stands():
-            try:
-                await self.mend(vm)  # not self.attached: QEMU may have gone meanwhile
-                self.problem = None
-            except QsnapError as exc:
-                self._problem(exc)
-                await trio.sleep(delay_s)
-                delay_s = min(2 * delay_s, MEND_LONGEST_S)
-
-    async def _journal_stands(self) -> bool:
-        return await trio.to_thread.run_sync(self.store.journal.read) is not None
-
-    async def _recover_offline(self) -> None:
-        """Nobody answers there; a journal may still tell of a QEMU that has ended."""
-        try:
-            await self._mend_offline()
-        except QsnapError as exc:
-            self._problem(exc)
-
-    async def _mend_offline(self) -> None:
-        async with self._mending:
-            entry = await trio.to_thread.run_sync(self.store.journal.read)
-            if entry is None or still_runs(entry.pid, entry.start_time_ticks):
-                return
-            done = await recover_without_qemu(self.store, qemu_img=self._qemu_img)
-        if done:
-            self._tell_recovered(done)
-
-    def _problem(self, exc: QsnapError) -> None:
+    def note_problem(self, exc: QsnapError) -> None:
+        """Keep *exc* as the reason why the VM is not attached, or not in order."""
         if str(exc) != self.problem:
             level = logging.INFO if isinstance(exc, SessionLost) else logging.WARNING
             _log.log(level, "VM %s: %s", self.name, exc)
         self.problem = str(exc)
-
-    def _tell_recovered(self, done: str) -> None:
-        _log.warning("VM %s: %s", self.name, done)
-        self._publish(
-            Event(kind=EventKind.SNAPSHOT, vm=self.name, at=_now(), event="recovered", detail=done)
-        )
 
     # --- condition -----------------------------------------------------------------------
 
@@ -201,11 +158,8 @@ class Supervisor:
         texts = lifecycle_event(old, new)
         if texts is not None:
             event, detail = texts
-            self._publish(
-                Event(
-                    kind=EventKind.LIFECYCLE, vm=self.name, at=_now(), event=event, detail=detail
-                )
-            )
+            at, kind = datetime.now(UTC), EventKind.LIFECYCLE
+            self._publish(Event(kind=kind, vm=self.name, at=at, event=event, detail=detail))
 
     async def _keep_condition(self) -> None:
         """Write the condition down after each change, so that the next daemon knows reasons."""
@@ -267,7 +221,3 @@ class Supervisor:
         """Wait until none is."""
         while self.attached is not None:
             await self._changed.wait()
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

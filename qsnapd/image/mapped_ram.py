@@ -35,9 +35,10 @@ class Writes(Enum):
     """How often a strategy writes one page, hence what a clear bit promises."""
 
     ONCE = "once"
-    """`background` (sealed) and `stopped`: a page whose bit is clear reads as zeros."""
+    """`background` (sealed), `stopped`, whatever was punched: a page whose bit is clear reads
+    as zeros."""
     REPEATED = "repeated"
-    """`precopy`: it may hold what the page was before it became zero."""
+    """`precopy`: it may hold what the page was before it became zero; see `image.punch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,15 @@ def verify(fd: int, ram_blocks: Sequence[RamBlock] | None, writes: Writes) -> Ve
         )
         _verify_rest(fd, layout)
     return Verified(layout.ram_blocks, pages)
+
+
+def pages_left_over(fd: int, block: MappedBlock) -> Iterator[tuple[int, int]]:
+    """The ranges of pages (from, to) that are in the file, but not in the bitmap."""
+    for first in _chunks(block):
+        claimed = int.from_bytes(_bitmap(fd, block, first), "little")
+        present = int.from_bytes(_pages_with_data(fd, block, first), "little")
+        for start, end in _runs_of_ones(present & ~claimed):
+            yield first + start, first + end
 
 
 def _verify_bitmap(fd: int, block: MappedBlock, first: int, writes: Writes) -> int:

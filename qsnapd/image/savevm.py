@@ -218,7 +218,8 @@ def require_blocks(found: Sequence[RamBlock], expected: Sequence[RamBlock] | Non
     """
     sizes = {block.id: block.size_bytes for block in found}
     for block in expected or ():
-        size_bytes = sizes.get(block.id)
+        # On machine types before 4.0 a block may be named by its backend's path.
+        size_bytes = sizes.get(block.id, sizes.get(f"/objects/{block.id}"))
         if size_bytes is None:
             raise ImageInvalid(f"the memory image lacks the RAM block {block.id!r}")
         if size_bytes != block.size_bytes:

@@ -11,6 +11,8 @@ from qsnapd.model.names import SnapshotName, VmName
 class JobKind(StrEnum):
     CREATE = "create"
     REVERT = "revert"
+    CLONE = "clone"
+    START = "start"
 
 
 class Phase(StrEnum):
@@ -23,7 +25,7 @@ class Phase(StrEnum):
     FINISHING = "finishing"
     """Syncing, sealing, verifying, hashing: the guest runs."""
     STARTING = "starting"
-    """Revert: QEMU is being started and loads its memory."""
+    """Revert, clone: QEMU is being started and loads its memory."""
     UNDOING = "undoing"
     """Failed or cancelled: everything goes back to what it was."""
     DONE = "done"
@@ -63,4 +65,10 @@ class JobInfo(Frozen):
     total_bytes: NonNegativeInt
     rate_bytes_per_s: NonNegativeFloat
     left_s: NonNegativeFloat | None
+    kept: SnapshotName | None = None
+    """The snapshot that the state before a revert was kept as."""
+    notes: tuple[str, ...] = ()
+    """What whoever asked should know, though nothing has failed."""
+    instruction: str | None = None
+    """A command line that a person must run now, for the job to go on."""
     error: str | None = None

@@ -5,6 +5,7 @@ before the first step, it is all that undoing or finishing the job needs: whoeve
 asks QEMU and the file system which of these things exist.
 """
 
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field, NonNegativeInt, PositiveInt
@@ -76,6 +77,8 @@ class CheckpointPlan(Frozen):
     strategy: Strategy
     image_format: ImageFormat
     was_running: bool
+    holds: bool = False
+    """The guest is not resumed afterwards: its QEMU is about to be ended."""
     reason: str
     """Name of the `Condition` the VM is in."""
     capabilities: dict[str, bool]
@@ -101,28 +104,86 @@ class CheckpointPlan(Frozen):
     pivots: tuple[PivotPlan, ...]
 
 
-class RevertPlan(Frozen):
-    """Putting a VM back to a snapshot."""
+class Launch(Frozen):
+    """A QEMU to start: all that a launcher needs to know."""
 
-    kind: Literal["revert"] = "revert"
+    token: str
+    """Goes into its environment, so that the process is recognised whoever starts it."""
+    executable: AbsolutePath
+    argv: tuple[str, ...]
+    """With the name it is called by in front."""
+    cwd: AbsolutePath
+    uid: NonNegativeInt
+    gid: NonNegativeInt
+    groups: tuple[NonNegativeInt, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def command_line(self) -> str:
+        """For people: quoted for a shell."""
+        return shlex.join([self.executable, *self.argv[1:]])
+
+
+class Loading(Frozen):
+    """The memory that a started QEMU waits for."""
+
+    memory_file: AbsolutePath
+    image_format: ImageFormat
+    view: AbsolutePath | None = None
+    """Lazy: the RAM is a private mapping of `memory_file`, and this is what is loaded."""
+    mapped: tuple[str, ...] = ()
+    """Lazy: the RAM blocks that are mapped."""
+    emptied: tuple[AbsolutePath, ...] = ()
+    """Eager: files that RAM is shared in, which must not hold what the last QEMU left there."""
+    on_demand: bool = False
+    """QEMU may let the guest go on before it has read all pages, if it can."""
+
+
+class Restore(Frozen):
+    """A new QEMU on new overlays over a snapshot's frozen images."""
+
     token: str
     vm: VmName
+    """The VM that will run."""
     name: SnapshotName
+    """The snapshot it is put back to."""
     requested_at: AwareDatetime
     to_running: bool
     """Whether the guest goes on, or stands still as it was loaded."""
-    executable: AbsolutePath
-    argv: tuple[str, ...]
-    cwd: AbsolutePath
-    memory_file: AbsolutePath
-    image_format: ImageFormat
+    launch: Launch
+    loading: Loading | None
+    """None: the snapshot holds no memory, the guest boots from its disks."""
+    lazy_refusal: str | None = None
+    """Why the memory is read eagerly, if mapping it was wanted."""
     overlays: tuple[OverlayPlan, ...]
+
+
+class RevertPlan(Restore):
+    """Putting a VM back to a snapshot."""
+
+    kind: Literal["revert"] = "revert"
+    was_running: bool
+    """Whether the guest of the state that is left ran when it was asked for."""
+    starts: bool = True
+    """False: the VM stays shut off, and starts on the new overlays when somebody starts it."""
+    fallback: Restore | None = None
+    """How the state that is left comes back, once that has been kept as a snapshot."""
+    no_return: bool = False
+    """The old QEMU has been told to end, or is about to be."""
+
+
+class ClonePlan(Restore):
+    """Starting another VM from a snapshot of `source`."""
+
+    kind: Literal["clone"] = "clone"
+    source: VmName
+    qmp: AbsolutePath
 
 
 class JournalEntry(Frozen):
     """A plan under way, and for which process."""
 
-    plan: Annotated[CheckpointPlan | RevertPlan, Field(discriminator="kind")]
+    plan: Annotated[CheckpointPlan | RevertPlan | ClonePlan, Field(discriminator="kind")]
     pid: NonNegativeInt
     start_time_ticks: NonNegativeInt
     made: tuple[FileIdentity, ...] = ()

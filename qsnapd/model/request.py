@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from qsnapd.model.base import Frozen
-from qsnapd.model.names import SnapshotName
+from qsnapd.model.names import SnapshotName, VmName
 from qsnapd.model.snapshot import AbsolutePath, ImageFormat, Strategy
 
 
@@ -50,9 +50,51 @@ class CreateRequest(Frozen):
     on_limit: OnLimit = OnLimit.STOP
 
 
-class RevertRequest(Frozen):
-    """Put the VM back to a snapshot."""
+class Memory(StrEnum):
+    """How memory gets into a QEMU."""
+
+    LAZY = "lazy"
+    """A private mapping of the image: pages are read when the guest touches them."""
+    EAGER = "eager"
+    """All of it is read before the guest goes on."""
+
+
+class RestoreRequest(Frozen):
+    """What all ways to start from a snapshot have in common."""
 
     name: SnapshotName
     state: Literal["running", "paused"] | None = None
-    """By default what the guest did when the snapshot was taken."""
+    """By default what the guest did when the snapshot was taken; without memory, not started."""
+    memory: Memory | None = None
+    """By default lazy where image, VM and host allow it. LAZY: fail where they do not."""
+    read_ahead: bool = False
+    """Lazy: read the image in the background, so that later faults find it in memory."""
+    force: bool = False
+    """Go on in spite of differences between the snapshot's host and this one."""
+
+
+class RevertRequest(RestoreRequest):
+    """Put the VM back to a snapshot."""
+
+    discard: bool = False
+    """Give up the state that the VM is in, instead of keeping it as a snapshot first."""
+
+
+class Identity(StrEnum):
+    """What a clone does with something that should be one VM's own."""
+
+    NEW = "new"
+    KEEP = "keep"
+
+
+class CloneRequest(RestoreRequest):
+    """Start another VM from a snapshot, beside the one it was taken of."""
+
+    clone: VmName
+    """The new VM's name."""
+    qmp: AbsolutePath | None = None
+    """Where its monitor listens; by default beside the original's, named after the clone."""
+    mac: Identity = Identity.NEW
+    """NEW takes effect when the guest next resets its network cards: what is in the memory
+    image, and so what the guest uses until then, is the original's."""
+    uuid: Identity = Identity.NEW

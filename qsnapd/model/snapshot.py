@@ -12,8 +12,11 @@ from pydantic import AwareDatetime, Field, NonNegativeFloat, NonNegativeInt
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
 
-MANIFEST_FORMAT = 1
-"""The newest format this version reads and the one it writes."""
+MANIFEST_FORMAT = 2
+"""The newest format this version reads and the one it writes.
+
+1: as 2, without `memory.holes_are_zero`, `disks[].known_as` and `machine.cpu_features`.
+"""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 AbsolutePath = Annotated[str, Field(pattern=r"^/")]
@@ -49,6 +52,8 @@ class MemoryImage(Frozen):
     size_bytes: NonNegativeInt
     allocated_bytes: NonNegativeInt
     sha256: Sha256 | None = None
+    holes_are_zero: bool = False
+    """mapped-ram: every page that is not in a bitmap reads as zeros, so RAM can be mapped."""
 
 
 class DiskLayer(Frozen):
@@ -63,11 +68,13 @@ class DiskLayer(Frozen):
     frozen: AbsolutePath
     """The image that holds what the guest saw at that moment."""
     frozen_format: str
-    overlay: AbsolutePath
-    """The image that took the guest's writes from then on."""
+    overlay: AbsolutePath | None
+    """The image that took the guest's writes from then on; None if it came from another host."""
     virtual_size_bytes: NonNegativeInt
     chain: tuple[FileIdentity, ...]
     """The frozen image and its backing images, newest first."""
+    known_as: tuple[FileIdentity, ...] = ()
+    """Where these images were on another host: what the recorded command line names."""
 
 
 class RamBlock(Frozen):
@@ -96,6 +103,8 @@ class Machine(Frozen):
     type: str
     """The versioned machine type QEMU resolved, e.g. "pc-i440fx-7.2"."""
     cpu: str | None = None
+    cpu_features: tuple[str, ...] | None = None
+    """What QEMU shows the guest of the host's CPU, by QEMU's names; None: not known."""
     uuid: str | None = None
     ram_bytes: NonNegativeInt
     ram_blocks: tuple[RamBlock, ...] = ()
@@ -116,7 +125,7 @@ class PauseParts(Frozen):
 class Manifest(Frozen):
     """One snapshot, as stored in `snapshot.json`."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     name: SnapshotName
     vm: VmName
     parent: SnapshotName | None = None
@@ -128,8 +137,9 @@ class Manifest(Frozen):
     """What the guest was doing, and does again after a restore."""
     reason: str
     """Name of the `Condition` at that time, e.g. PAUSED_USER."""
-    strategy: Strategy
-    image_format: ImageFormat
+    strategy: Strategy | None
+    """None: a disk-only snapshot."""
+    image_format: ImageFormat | None
     paused_ms: NonNegativeFloat
     """From QEMU's STOP to its RESUME event, by QEMU's own clock; 0 if it did not run."""
     pause: PauseParts = PauseParts()
@@ -140,3 +150,15 @@ class Manifest(Frozen):
     qemu_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+")]
     qemu_package: str = ""
     machine: Machine
+
+    @property
+    def is_mappable(self) -> bool:
+        """Whether guest RAM may be a mapping of the image: holes stand for zero pages.
+
+        Format 1 did not say; there a precopy image may hold what a page was before.
+        """
+        return (
+            self.memory is not None
+            and self.image_format is ImageFormat.MAPPED_RAM
+            and (self.memory.holes_are_zero or self.strategy is not Strategy.PRECOPY)
+        )

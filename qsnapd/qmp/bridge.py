@@ -196,7 +196,9 @@ def _dial(path: Path) -> socket.socket:
 
 
 @asynccontextmanager
-async def open_bridge(path: Path, *, name: str) -> AsyncIterator[tuple[QmpBridge, socket.socket]]:
+async def open_bridge(
+    path: Path, *, name: str, greeting_limit_s: float = GREETING_LIMIT_S
+) -> AsyncIterator[tuple[QmpBridge, socket.socket]]:
     """Connect to the QMP socket at *path* and hold it for the block.
 
     Yields the bridge and its socket, whose peer credentials tell who QEMU is. If QEMU goes
@@ -216,7 +218,7 @@ async def open_bridge(path: Path, *, name: str) -> AsyncIterator[tuple[QmpBridge
         async with trio_asyncio.open_loop() as loop:
             loop.set_exception_handler(_log_stray)
             client = _Client(name)
-            await _greet(client, loop, sock, path)
+            await _greet(client, loop, sock, path, greeting_limit_s)
             bridge = QmpBridge(client, loop, sock)
             try:
                 async with trio.open_nursery() as nursery:
@@ -248,14 +250,18 @@ async def open_bridge(path: Path, *, name: str) -> AsyncIterator[tuple[QmpBridge
 
 
 async def _greet(
-    client: QMPClient, loop: trio_asyncio.TrioEventLoop, sock: socket.socket, path: Path
+    client: QMPClient,
+    loop: trio_asyncio.TrioEventLoop,
+    sock: socket.socket,
+    path: Path,
+    limit_s: float,
 ) -> None:
     try:
-        with trio.fail_after(GREETING_LIMIT_S):
+        with trio.fail_after(limit_s):
             await trio_asyncio.aio_as_trio(client.connect, loop=loop)(sock)
     except trio.TooSlowError:
         raise MonitorBusy(
-            f"{path}: QEMU sent no greeting within {GREETING_LIMIT_S:g} s. A monitor serves one "
+            f"{path}: QEMU sent no greeting within {limit_s:g} s. A monitor serves one "
             "client: give qsnapd one of its own (-qmp unix:PATH,server=on,wait=off), or QEMU hangs"
         ) from None
     except ConnectError as exc:

@@ -112,12 +112,44 @@ class QueryUuid(Command[UuidInfo]):
 
 class CpuInfo(QapiStruct):
     cpu_index: int
-    qom_type: str | None = None
+    qom_path: str | None = None
 
 
 class QueryCpusFast(Command[list[CpuInfo]]):
     name = "query-cpus-fast"
     reply = list[CpuInfo]
+
+
+class CpuModel(QapiStruct):
+    name: str
+    props: dict[str, Any] = Field(default_factory=dict)
+
+
+class CpuModelExpansion(QapiStruct):
+    """CpuModelExpansionInfo."""
+
+    model: CpuModel
+
+
+class QueryCpuModelExpansion(Command[CpuModelExpansion]):
+    """query-cpu-model-expansion: what a CPU of that model would be in this very QEMU."""
+
+    name = "query-cpu-model-expansion"
+    reply = CpuModelExpansion
+    type: str
+    model: dict[str, Any]
+
+
+class MachineInfo(QapiStruct):
+    """qapi/machine.json, MachineInfo."""
+
+    name: str
+    alias: str | None = None
+
+
+class QueryMachines(Command[list[MachineInfo]]):
+    name = "query-machines"
+    reply = list[MachineInfo]
 
 
 class MemorySizeSummary(QapiStruct):

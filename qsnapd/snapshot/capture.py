@@ -64,7 +64,8 @@ class Capture:
     @property
     def to_resume(self) -> bool:
         """The guest ran, or its user has asked for that meanwhile, and not for the contrary."""
-        return self.vm.tracker.is_to_run(ran_before=self.plan.was_running)
+        ran_before = self.plan.was_running and not self.plan.holds
+        return self.vm.tracker.is_to_run(ran_before=ran_before)
 
     async def release(self) -> None:
         """Let the guest run again, if it is to."""

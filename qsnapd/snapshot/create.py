@@ -66,18 +66,19 @@ class Checkpoint:
         self._qemu_img = qemu_img
         self._made = ExitStack()
 
-    async def take(self, request: CreateRequest) -> Manifest:
+    async def take(self, request: CreateRequest, *, holds: bool = False) -> Manifest:
         """Take the checkpoint.
 
         Preconditions: no other job changes this VM; the caller sees to that.
-        On success: the snapshot exists and is current; a guest that ran runs on its overlays.
+        On success: the snapshot exists and is current; a guest that ran runs on its overlays,
+          unless this *holds* it, because the caller is about to end its QEMU.
         On failure or cancellation before the commit: as if never asked; the error's `effect`
           says so.
         Raises: RequestError: refused, nothing was touched. VmError, StoreError.
           GuestLeftPaused: the one failure that leaves something: somebody must act.
         """
         try:
-            return await self._attempt(request)
+            return await self._attempt(request, holds=holds)
         except CommandRefused as exc:
             # QEMU says only now that this host does not let it save in the background:
             # plan again, with that known. It is the plan that refuses or takes another way.
@@ -85,13 +86,14 @@ class Checkpoint:
             if not refused or exc.effect is not Effect.ROLLED_BACK:
                 raise
             self._job.enter(Phase.PREPARING)
-            return await self._attempt(request, background_refusal=exc.desc)
+            return await self._attempt(request, holds=holds, background_refusal=exc.desc)
 
     async def _attempt(
-        self, request: CreateRequest, *, background_refusal: str | None = None
+        self, request: CreateRequest, *, holds: bool, background_refusal: str | None = None
     ) -> Manifest:
         store = self._store
         try:
+            self._vm = await self._vm.with_cpu()
             now = await look(
                 self._vm,
                 snapshots=frozenset(store.snapshots()),
@@ -102,7 +104,7 @@ class Checkpoint:
         except QsnapError as exc:
             exc.effect = Effect.NONE  # a question without an answer: nothing was touched
             raise
-        plan = plan_checkpoint(request, now)
+        plan = plan_checkpoint(request, now, holds=holds)
         self._job.snapshot = plan.name
         await trio.to_thread.run_sync(check_targets, plan, store.directory)
         identity_of_qemu = self._vm.identity

@@ -9,6 +9,7 @@ import trio
 
 from qsnapd.image import digest, mapped_ram, stream
 from qsnapd.image.files import allocated_bytes, sync_file
+from qsnapd.image.punch import punch
 from qsnapd.image.savevm import Verified
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import (
@@ -48,9 +49,10 @@ def _finish_image(
     if target.drain is not None:
         target.drain.finish()
     sync_file(fd)
-    if plan.image_format is ImageFormat.MAPPED_RAM and plan.strategy is Strategy.BACKGROUND:
-        mapped_ram.seal(fd)
-    verified = verify_image(fd, plan.image_format, plan.strategy, ram_blocks, check)
+    holes_are_zero = _mend(fd, plan, check)
+    verified = verify_image(
+        fd, plan.image_format, plan.strategy, ram_blocks, check, holes_are_zero=holes_are_zero
+    )
     if verified.unchecked:
         _log.warning("%s: checked in part only: %s", plan.memory_file, verified.unchecked)
     check()
@@ -59,8 +61,20 @@ def _finish_image(
         size_bytes=os.fstat(fd).st_size,
         allocated_bytes=allocated_bytes(fd),
         sha256=digest.sha256(fd, check) if plan.hash_memory else None,
+        holes_are_zero=holes_are_zero,
     )
     return image, verified.ram_blocks
+
+
+def _mend(fd: int, plan: CheckpointPlan, check_cancelled: Callable[[], object]) -> bool:
+    """Complete what QEMU leaves out; return whether holes now stand for zero pages."""
+    if plan.image_format is not ImageFormat.MAPPED_RAM:
+        return False
+    if plan.strategy is Strategy.PRECOPY:
+        return punch(fd, check_cancelled)
+    if plan.strategy is Strategy.BACKGROUND:
+        mapped_ram.seal(fd)
+    return True
 
 
 def verify_image(
@@ -69,11 +83,16 @@ def verify_image(
     strategy: Strategy,
     ram_blocks: Sequence[RamBlock],
     check_cancelled: Callable[[], object],
+    *,
+    holes_are_zero: bool = False,
 ) -> Verified:
-    """Check that QEMU can load the image. Blocks. Raises: ImageInvalid, StoreError."""
+    """Check that QEMU can load the image, and may map it if *holes_are_zero*.
+
+    Blocks. Raises: ImageInvalid, StoreError.
+    """
     if image_format is ImageFormat.STREAM:
         return stream.verify(fd, ram_blocks, check_cancelled)
-    repeated = strategy is Strategy.PRECOPY
+    repeated = strategy is Strategy.PRECOPY and not holes_are_zero
     writes = mapped_ram.Writes.REPEATED if repeated else mapped_ram.Writes.ONCE
     return mapped_ram.verify(fd, ram_blocks, writes)
 

@@ -36,6 +36,12 @@ class Job:
         self.error: QsnapError | None = None
         self.effect = Effect.NONE
         """What is true if the job ends now; kept by the work."""
+        self.kept: str | None = None
+        """The snapshot that the state before the job was kept as."""
+        self.notes: tuple[str, ...] = ()
+        """What the person who asked should know, though nothing has failed."""
+        self.instruction: str | None = None
+        """What a person must do now, for the job to go on."""
         self._publish = publish
         self._started_at = datetime.now(UTC)
         self._started_s = trio.current_time()
@@ -66,6 +72,9 @@ class Job:
             total_bytes=self.progress.total_bytes,
             rate_bytes_per_s=self.progress.rate_bytes_per_s,
             left_s=self.progress.left_s,
+            kept=self.kept,
+            notes=self.notes,
+            instruction=self.instruction if self.phase is Phase.STARTING else None,
             error=str(self.error) if self.error else None,
         )
 

@@ -30,7 +30,7 @@ async def make_overlay(plan: OverlayPlan, *, qemu_img: str) -> int:
     """
     descriptor = await trio.to_thread.run_sync(create_exclusive, Path(plan.partial))
     try:
-        await _fill(plan, descriptor, qemu_img)
+        await fill_overlay(plan, descriptor, qemu_img=qemu_img)
         await trio.to_thread.run_sync(sync_file, descriptor)
     except BaseException:
         os.close(descriptor)
@@ -38,7 +38,8 @@ async def make_overlay(plan: OverlayPlan, *, qemu_img: str) -> int:
     return descriptor
 
 
-async def _fill(plan: OverlayPlan, descriptor: int, qemu_img: str) -> None:
+async def fill_overlay(plan: OverlayPlan, descriptor: int, *, qemu_img: str) -> None:
+    """Make an overlay of an empty file. Raises: StoreError: qemu-img failed."""
     # -u: QEMU holds the image below open and locked, and we know its size.
     command = [qemu_img, "create", "-q", "-f", "qcow2", "-u"]
     command += ["-F", plan.backing_format, "-b", plan.backing]

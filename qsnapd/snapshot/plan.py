@@ -25,9 +25,12 @@ PRECOPY_LIMIT_RAMS = 2
 _BASE_FORMATS = {"qcow2": "qcow2", "raw": "raw", "file": "raw", "host_device": "raw"}
 
 
-def plan_checkpoint(request: CreateRequest, now: Situation) -> CheckpointPlan:
+def plan_checkpoint(
+    request: CreateRequest, now: Situation, *, holds: bool = False
+) -> CheckpointPlan:
     """Decide everything about the checkpoint that *request* asks for.
 
+    *holds*: a guest that ran is not to run afterwards.
     Raises:
       SnapshotExists, WrongState, Blocked, CapabilityMissing, BadRequest: why it cannot be.
     """
@@ -60,6 +63,7 @@ def plan_checkpoint(request: CreateRequest, now: Situation) -> CheckpointPlan:
         strategy=saving.strategy,
         image_format=saving.image_format,
         was_running=now.running,
+        holds=holds,
         reason=now.condition.name,
         capabilities=saving.capabilities,
         capabilities_before=saving.capabilities_before,

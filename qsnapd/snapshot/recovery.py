@@ -1,35 +1,66 @@
 """What to do about a job that a former daemon left behind.
 
-The journal says what was intended, QEMU and the file system say how far it came.
+The journals say what was intended, QEMU and the file system say how far it came. A VM may
+have two: it was being put back to a snapshot, and its present state being kept first.
 """
 
 import trio
 
-from qsnapd.errors import Effect, StoreError
-from qsnapd.model.plan import CheckpointPlan, JournalEntry, RevertPlan
+from qsnapd.errors import Effect, SessionLost, StoreError
+from qsnapd.model.plan import CheckpointPlan, JournalEntry, Restore, RevertPlan
 from qsnapd.snapshot.create import settle_committed
 from qsnapd.snapshot.merge import merge_offline
-from qsnapd.snapshot.revert import finish_revert, is_started_by
+from qsnapd.snapshot.revert import finish_revert, undo_revert
+from qsnapd.snapshot.start import runs_by
 from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
+from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.process import kill, wait_gone
 
 
-async def recover(vm: AttachedVm, store: VmStore, *, qemu_img: str) -> str | None:
-    """Finish or undo the journal's job on a VM just attached; returns what was done, in words.
+async def recover(
+    vm: AttachedVm, store: VmStore, *, qemu_img: str, launcher: Launcher
+) -> str | None:
+    """Finish or undo what the journals tell of, on a VM just attached; returns it in words.
 
     Idempotent: cut off anywhere, the next call goes on. None if there was nothing to do.
-    Raises: what `put_back` raises; the journal then stands for the next attempt.
+    Raises: what `put_back` raises; the journal then stands for the next attempt. SessionLost:
+      the QEMU had not loaded its memory, and was ended: `Revert.go_on` starts another.
     """
+    done = (await _recover_checkpoint(vm, store, qemu_img), await _recover_revert(vm, store))
+    if done[1]:
+        await launcher.abandon()
+    return "; ".join(words for words in done if words) or None
+
+
+async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
+    """The same when the QEMU that the job worked on is gone.
+
+    What its guest wrote into the overlays of an unfinished snapshot is merged into the
+    images below, because that is where the VM is started from again. A revert that has
+    come past its point of no return is left for `Revert.go_on`.
+    """
+    done = (await _recover_dead_checkpoint(store, qemu_img), await _recover_dead_revert(store))
+    return "; ".join(words for words in done if words) or None
+
+
+async def unfinished_revert(store: VmStore) -> JournalEntry | None:
+    """The revert whose VM has ended and has not been started again, if there is one."""
+    entry = await trio.to_thread.run_sync(store.restoring.read)
+    if entry is not None and isinstance(entry.plan, RevertPlan) and entry.plan.no_return:
+        return entry
+    return None
+
+
+async def _recover_checkpoint(vm: AttachedVm, store: VmStore, qemu_img: str) -> str | None:
     entry = await trio.to_thread.run_sync(store.journal.read)
     if entry is None:
         return None
-    plan = entry.plan
-    if isinstance(plan, RevertPlan):
-        return await _recover_revert(entry, plan, vm, store)
     if not is_same(vm, entry):
-        return await recover_without_qemu(store, qemu_img=qemu_img)
+        return await _recover_dead_checkpoint(store, qemu_img)
+    plan = entry.plan
+    assert isinstance(plan, CheckpointPlan)
     if plan.name in store.snapshots():
         await give_back_run_state(vm, plan)
         await settle_committed(vm, plan, store)
@@ -39,18 +70,12 @@ async def recover(vm: AttachedVm, store: VmStore, *, qemu_img: str) -> str | Non
     return f"undid the unfinished snapshot {plan.name} of a former daemon"
 
 
-async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
-    """The same when the QEMU that the job worked on is gone.
-
-    What its guest wrote into the overlays of an unfinished snapshot is merged into the
-    images below, because that is where the VM is started from again.
-    """
+async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
     entry = await trio.to_thread.run_sync(store.journal.read)
     if entry is None:
         return None
     plan = entry.plan
-    if isinstance(plan, RevertPlan):
-        return await _recover_revert(entry, plan, None, store)
+    assert isinstance(plan, CheckpointPlan)
     if plan.name in store.snapshots():
         await trio.to_thread.run_sync(store.set_current, plan.name)
         await trio.to_thread.run_sync(store.journal.clear)
@@ -80,25 +105,53 @@ async def _forget(plan: CheckpointPlan, store: VmStore) -> None:
     await trio.to_thread.run_sync(store.journal.clear)
 
 
-async def _recover_revert(
-    entry: JournalEntry, plan: RevertPlan, vm: AttachedVm | None, store: VmStore
-) -> str:
-    """A revert had not yet ended the old QEMU, or left a new one, loaded or not, or none."""
-    if vm is not None and is_started_by(plan, vm.process):
-        if await vm.run_state() != "inmigrate":
-            await finish_revert(vm, plan, store)
-            return f"finished the revert to {plan.name}, which a former daemon had begun"
-        kill(vm.identity)  # it has not run: nothing is lost with it
-        await wait_gone(vm.identity)
-    untouched = vm is not None and is_same(vm, entry)
-    await trio.to_thread.run_sync(remove_files, entry)
-    await trio.to_thread.run_sync(store.journal.clear)
-    if untouched:
+async def _recover_revert(vm: AttachedVm, store: VmStore) -> str | None:
+    """The old QEMU lives, or one that was started instead, or somebody else's."""
+    entry = await trio.to_thread.run_sync(store.restoring.read)
+    if entry is None or not isinstance(plan := entry.plan, RevertPlan):
+        return None
+    if await _runs(plan, entry, vm):
+        await finish_revert(vm, plan, store)
+        return f"finished the revert to {plan.name}, which a former daemon had begun"
+    if plan.fallback is not None and await _runs(plan.fallback, entry, vm):
+        if plan.fallback.to_running:
+            await vm.ensure_running()
+        await _drop(entry, store)
+        return f"brought the VM back to {plan.fallback.name}, as the revert to {plan.name} failed"
+    if is_same(vm, entry):
+        await undo_revert(vm, entry, store)
         return f"undid an unfinished revert to {plan.name}; the VM had not been touched"
-    return (
-        f"undid an unfinished revert to {plan.name}; the VM had been ended for it: revert again, "
-        "or start it on the disks it had"
-    )
+    await _drop(entry, store)
+    return f"undid an unfinished revert to {plan.name}; somebody else has started the VM since"
+
+
+async def _runs(plan: Restore, entry: JournalEntry, vm: AttachedVm) -> bool:
+    """Whether *vm* was started by *plan*, and has loaded what it was started with.
+
+    Raises: SessionLost: it has not, and was ended: with a guest that has not run, nothing
+      is lost.
+    """
+    made = entry.made if plan is entry.plan else ()
+    if not await trio.to_thread.run_sync(runs_by, plan, made, vm.identity.pid):
+        return False
+    if await vm.run_state() != "inmigrate":
+        return True
+    kill(vm.identity)
+    await wait_gone(vm.identity)
+    raise SessionLost(f"QEMU, which had not loaded snapshot {plan.name} yet, was ended")
+
+
+async def _recover_dead_revert(store: VmStore) -> str | None:
+    entry = await trio.to_thread.run_sync(store.restoring.read)
+    if entry is None or not isinstance(plan := entry.plan, RevertPlan) or plan.no_return:
+        return None
+    await _drop(entry, store)
+    return f"undid an unfinished revert to {plan.name}; the VM has ended by itself"
+
+
+async def _drop(entry: JournalEntry, store: VmStore) -> None:
+    await trio.to_thread.run_sync(remove_files, entry)
+    await trio.to_thread.run_sync(store.restoring.clear)
 
 
 def is_same(vm: AttachedVm, entry: JournalEntry) -> bool:

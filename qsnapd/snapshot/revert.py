@@ -1,63 +1,49 @@
-"""Putting a VM back to a checkpoint: a new QEMU on new overlays over the frozen images.
+"""Putting a VM back to a snapshot: a new QEMU on new overlays over the frozen images.
 
-Everything that can be wrong with the snapshot is found before the old QEMU is ended. That is
-the point of no return; from there on the revert is not cancelled any more.
+Everything that can be wrong with the snapshot is found, and the state that the VM is in is
+kept as a snapshot, before the old QEMU is ended. That is the point of no return; from there
+on the revert is not cancelled any more, and if it fails the kept state is brought back.
 """
 
-import os
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
 from qsnapd.errors import (
+    Blocked,
+    CapabilityMissing,
     CommandRefused,
     Effect,
     QsnapError,
     ReplyTimeout,
+    RequestError,
     SessionLost,
+    StoreFull,
     VmError,
 )
-from qsnapd.image.files import identity
-from qsnapd.model.job import Phase
-from qsnapd.model.plan import JournalEntry, RevertPlan
-from qsnapd.model.request import RevertRequest
-from qsnapd.model.snapshot import (
-    Manifest,
-    Process,
-)
-from qsnapd.model.state import Condition
+from qsnapd.model.plan import JournalEntry, Restore, RevertPlan
+from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.snapshot import Manifest, Strategy
+from qsnapd.model.state import Condition, State
 from qsnapd.qmp.commands import Quit
+from qsnapd.snapshot.create import Checkpoint
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.load import load_memory
-from qsnapd.snapshot.overlays import make_overlay, publish_overlays
-from qsnapd.snapshot.revert_plan import check_snapshot, plan_revert, require_no_qemu
+from qsnapd.snapshot.preflight import preflight
+from qsnapd.snapshot.revert_plan import plan_return, plan_revert, require_no_qemu
+from qsnapd.snapshot.start import Seat, make_files, start
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import read_disks
-from qsnapd.vm.process import KILL_LIMIT_S, Started, kill, start, wait_ended, wait_gone
-from qsnapd.vm.tracker import Tracker
+from qsnapd.vm.process import wait_ended
 
 DETACH_LIMIT_S = 30.0
-START_LIMIT_S = 60.0
-LOAD_LIMIT_S = 3600.0
-LOOK_EVERY_S = 0.1
-
-
-class Seat(Protocol):
-    """A VM's place, which outlives each of its QEMU processes."""
-
-    name: str
-    qmp: Path
-    store: VmStore
-    tracker: Tracker
-    attached: AttachedVm | None
-    starting: Condition | None
-
-    async def wait_attached(self) -> AttachedVm: ...
-    async def wait_detached(self) -> None: ...
+UNDO_LIMIT_S = 60.0
+KEPT = "before-"
+"""How the names begin of snapshots that keep what a revert would lose."""
+KEPT_NAME_LIMIT = 24
+"""Of the snapshot reverted to, so many characters are repeated there."""
 
 
 class Revert:
@@ -73,40 +59,56 @@ class Revert:
 
         Preconditions: no other job changes this VM; the caller sees to that.
         On success: the VM runs (or stands, if it did then) as it was at the snapshot, on
-          overlays of its own; the snapshot is current, and unchanged. The files of the state
-          that was left are still there.
+          overlays of its own; the snapshot is current, and unchanged. A snapshot without
+          memory leaves the VM shut off, unless a state was asked for. The state that was
+          left is a snapshot too, `job.kept`, unless it was to be discarded.
         On failure or cancellation before the old QEMU is ended: as if never asked. After
-          that: the VM is shut off, and the error says what is where.
-        Raises: UnknownSnapshot, WrongState, Blocked, ImageInvalid, StoreError, VmError.
+          that: the VM is back in the state it was in, or, if that could not be or was to be
+          discarded, shut off, and the error says what is where.
+        Raises: UnknownSnapshot, WrongState, Blocked, SnapshotDiffers, ImageInvalid,
+          StoreError, VmError.
         """
-        store = self._seat.store
-        manifest = store.manifest(request.name)
-        await trio.to_thread.run_sync(check_snapshot, manifest)
-        assert manifest.memory is not None
-        if self._seat.attached is None:
-            require_no_qemu(self._seat.name, self._seat.qmp)
-        plan = plan_revert(
-            manifest,
-            manifest.memory,
-            to_running=(request.state or manifest.state) == "running",
-        )
+        seat = self._seat
+        manifest = seat.store.manifest(request.name)
+        await preflight(manifest, qemu_img=self._qemu_img, force=request.force)
+        if seat.attached is None:
+            require_no_qemu(seat.name, seat.qmp)
+        plan = await trio.to_thread.run_sync(self._plan, manifest, request)
+        self._job.notes = _notes(plan)
         entry = self._entry(plan)
-        await trio.to_thread.run_sync(store.journal.write, entry)
         try:
-            await self._make_overlays(plan, entry)
+            await self._write(entry)
+            entry = await make_files(entry, seat.store.restoring, qemu_img=self._qemu_img)
+            if not request.discard and seat.attached is not None:
+                entry = await self._keep(seat.attached, plan, entry)
+            await seat.launcher.prepare(plan.launch, lasting=not plan.starts)
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._forget, entry)
+            with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+                await seat.launcher.abandon()
+                await undo_revert(seat.attached, entry, seat.store)
             raise
         with trio.CancelScope(shield=True):
-            try:
-                vm = await self._switch(plan, manifest.machine.process)
-            except QsnapError:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._forget, entry)
-                raise
-            await finish_revert(vm, plan, store)
+            await self._switch(entry)
         return manifest
+
+    async def go_on(self, entry: JournalEntry) -> Manifest:
+        """Finish a revert whose daemon died when the old QEMU had ended; as `run` from there.
+
+        Preconditions: no QEMU runs; the files of *entry* are those that were made then.
+        """
+        with trio.CancelScope(shield=True):
+            await self._start(entry, left="those that the VM had")
+        return self._seat.store.manifest(entry.plan.name)
+
+    def _plan(self, manifest: Manifest, request: RevertRequest) -> RevertPlan:
+        seat = self._seat
+        return plan_revert(
+            manifest,
+            request,
+            was_running=seat.tracker.condition.state is State.RUNNING,
+            directory=seat.store.directory,
+            may_inherit=seat.launcher.inherits_descriptors,
+        )
 
     def _entry(self, plan: RevertPlan) -> JournalEntry:
         vm = self._seat.attached
@@ -116,88 +118,119 @@ class Revert:
             start_time_ticks=vm.identity.start_time_ticks if vm else 0,
         )
 
-    async def _make_overlays(self, plan: RevertPlan, entry: JournalEntry) -> None:
-        with ExitStack() as descriptors:
-            overlays = []
-            for overlay in plan.overlays:
-                overlays.append(await make_overlay(overlay, qemu_img=self._qemu_img))
-                descriptors.callback(os.close, overlays[-1])
-            entry = entry.model_copy(update={"made": tuple(map(identity, overlays))})
-        await trio.to_thread.run_sync(self._seat.store.journal.write, entry)
-        await publish_overlays(plan.overlays)
+    async def _write(self, entry: JournalEntry) -> None:
+        await trio.to_thread.run_sync(self._seat.store.restoring.write, entry)
 
-    def _forget(self, entry: JournalEntry) -> None:
-        """Remove the overlays, which no guest has written to. Blocks."""
-        journal = self._seat.store.journal
-        remove_files(journal.read() or entry)
-        journal.clear()
+    async def _keep(self, vm: AttachedVm, plan: RevertPlan, entry: JournalEntry) -> JournalEntry:
+        """Make a snapshot of the state that is about to be left; the guest stands afterwards.
 
-    async def _switch(self, plan: RevertPlan, process: Process) -> AttachedVm:
-        """End the old QEMU, start the new one and load; it stands still afterwards.
-
-        Raises: VmError: the VM is shut off; says where the state is that it was in.
+        Raises: what taking a checkpoint raises, with the hint that --discard gives it up.
         """
-        self._job.enter(Phase.STARTING)
-        seat = self._seat
+        request = CreateRequest(
+            name=f"{KEPT}{plan.name[:KEPT_NAME_LIMIT]}-{plan.token}",
+            description=f"the state that was left by reverting to {plan.name}",
+            strategy=Strategy.STOPPED,
+            hash_memory=False,
+        )
+        checkpoint = Checkpoint(vm, self._seat.store, self._job, qemu_img=self._qemu_img)
+        try:
+            kept = await checkpoint.take(request, holds=True)
+        except (RequestError, CapabilityMissing, StoreFull) as exc:
+            raise Blocked(
+                f"the state that VM {plan.vm} is in cannot be kept as a snapshot: {exc}. "
+                "--discard gives it up",
+                effect=exc.effect,
+            ) from exc
+        finally:
+            self._job.snapshot = plan.name
+        self._job.kept = kept.name
+        fallback = await trio.to_thread.run_sync(self._plan_return, kept, plan.was_running)
+        entry = entry.model_copy(update={"plan": plan.model_copy(update={"fallback": fallback})})
+        await self._write(entry)
+        return entry
+
+    def _plan_return(self, kept: Manifest, was_running: bool) -> Restore:
+        may_inherit = self._seat.launcher.inherits_descriptors
+        return plan_return(kept, to_running=was_running, may_inherit=may_inherit)
+
+    async def _switch(self, entry: JournalEntry) -> None:
+        """End the old QEMU, and start the new one."""
+        seat, plan = self._seat, entry.plan
+        assert isinstance(plan, RevertPlan)
         left = await disks_in_use(seat.attached)
+        entry = entry.model_copy(update={"plan": plan.model_copy(update={"no_return": True})})
+        await self._write(entry)
         if seat.attached is not None:
             await end_qemu(seat.attached)
             with trio.move_on_after(DETACH_LIMIT_S):  # its process is gone: this cannot be long
                 await seat.wait_detached()
             seat.tracker.on_exit(Condition.SHUTOFF_FROM_SNAPSHOT)
-        seat.starting = Condition.PAUSED_FROM_SNAPSHOT
-        try:
-            log = seat.store.directory / ".qemu.log"
-            started = await trio.to_thread.run_sync(
-                start, process, plan.executable, plan.argv, plan.cwd, log
+        await self._start(entry, left)
+
+    async def _start(self, entry: JournalEntry, left: str) -> None:
+        seat, plan = self._seat, entry.plan
+        assert isinstance(plan, RevertPlan)
+        if not plan.starts:
+            await trio.to_thread.run_sync(seat.store.next_start.clear)
+            await trio.to_thread.run_sync(seat.store.next_start.write, entry)
+            await settle_revert(plan, seat.store)
+            self._job.notes += (
+                f"VM {seat.name} is shut off, as the snapshot holds no memory; "
+                f"qsnapctl start {seat.name} starts it",
             )
-            vm = await self._wait_started(started, plan)
-            try:
-                with trio.fail_after(LOAD_LIMIT_S):
-                    memory = Path(plan.memory_file)
-                    await load_memory(vm, memory, plan.image_format, self._job)
-            except (QsnapError, trio.TooSlowError):
-                kill(vm.identity)  # it has not run: nothing is lost with it
-                with trio.move_on_after(KILL_LIMIT_S, shield=True):
-                    await wait_gone(vm.identity)
-                raise
-            return vm
-        except (QsnapError, trio.TooSlowError) as exc:
+            return
+        shown_as = Condition.PAUSED_FROM_SNAPSHOT
+        self._job.instruction = seat.launcher.instruction(plan.launch)
+        try:
+            vm = await start(seat, plan, self._job, made=entry.made, shown_as=shown_as)
+        except QsnapError as exc:
+            await seat.launcher.abandon()
+            await trio.to_thread.run_sync(remove_files, entry)
+            await self._bring_back(plan, exc, left)
+            raise
+        await finish_revert(vm, plan, seat.store)
+
+    async def _bring_back(self, plan: RevertPlan, cause: QsnapError, left: str) -> None:
+        """Start the state that was left again. Always raises: VmError: what is true now."""
+        seat, fallback = self._seat, plan.fallback
+        what = f"VM {seat.name} was ended to revert to {plan.name}, and QEMU could not be started "
+        what += f"from that: {cause}. The snapshot is unharmed. "
+        if fallback is None:
+            await trio.to_thread.run_sync(seat.store.restoring.clear)
             raise VmError(
-                f"VM {seat.name} is shut off: it was ended to revert to {plan.name}, and QEMU "
-                f"could not be started from that: {str(exc) or 'it took too long'}. The "
-                f"snapshot is unharmed. The disks of the state before are: {left}",
+                f"{what}The VM is shut off; the disks of the state before are: {left}",
                 effect=Effect.PARTIAL,
-            ) from exc
-        finally:
-            seat.starting = None
-
-    async def _wait_started(self, started: Started, plan: RevertPlan) -> AttachedVm:
-        """Wait until the supervisor has attached to the QEMU that was started.
-
-        On failure: that QEMU is gone, if it could be found.
-        Raises: VmError: it ended, did not answer in time, or another took its socket.
-        """
-        with trio.move_on_after(START_LIMIT_S):
-            while True:
-                with trio.move_on_after(LOOK_EVERY_S):
-                    vm = await self._seat.wait_attached()
-                    if is_started_by(plan, vm.process) and await vm.run_state() == "inmigrate":
-                        return vm
-                    started.kill()
-                    raise VmError(
-                        f"another QEMU, pid {vm.identity.pid}, serves {self._seat.qmp}; "
-                        "it was left alone. Does a service start this VM whenever it ends?"
-                    )
-                if words := started.failed():
-                    raise VmError(f"QEMU says: {words}")
-        started.kill()
-        raise VmError(f"QEMU did not answer within {START_LIMIT_S:g} s of its start")
+            ) from cause
+        kept = seat.store.manifest(fallback.name)
+        try:
+            await seat.launcher.prepare(fallback.launch)
+            self._job.instruction = seat.launcher.instruction(fallback.launch)
+            vm = await start(
+                seat, fallback, self._job, made=(), shown_as=_shown_as(kept, fallback)
+            )
+            if fallback.to_running:
+                await vm.ensure_running()
+        except QsnapError as exc:
+            await trio.to_thread.run_sync(seat.store.restoring.clear)
+            raise VmError(
+                f"{what}The VM is shut off, because the state it was in did not start either "
+                f"({exc}); that is kept as snapshot {kept.name}, with its disks: {left}",
+                effect=Effect.PARTIAL,
+            ) from cause
+        await trio.to_thread.run_sync(seat.store.restoring.clear)
+        raise VmError(
+            f"{what}The VM is back in the state it was in, which is also kept as snapshot "
+            f"{kept.name}",
+            effect=Effect.ROLLED_BACK,
+        ) from cause
 
 
-def is_started_by(plan: RevertPlan, process: Process) -> bool:
-    """Whether *process* runs the command line of *plan*, which names its new overlays."""
-    return process.argv[1:] == plan.argv[1:]
+def _shown_as(kept: Manifest, fallback: Restore) -> Condition:
+    return Condition.PAUSED_FROM_SNAPSHOT if fallback.to_running else Condition[kept.reason]
+
+
+def _notes(plan: Restore) -> tuple[str, ...]:
+    return (f"memory is read eagerly: {plan.lazy_refusal}",) if plan.lazy_refusal else ()
 
 
 async def finish_revert(vm: AttachedVm, plan: RevertPlan, store: VmStore) -> None:
@@ -208,8 +241,29 @@ async def finish_revert(vm: AttachedVm, plan: RevertPlan, store: VmStore) -> Non
     """
     if plan.to_running:
         await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
+    await settle_revert(plan, store)
+
+
+async def settle_revert(plan: RevertPlan, store: VmStore) -> None:
+    """Write down that the VM goes on from the snapshot; idempotent. Raises: StoreError."""
+    if plan.loading is not None and plan.loading.view is not None:
+        await trio.to_thread.run_sync(Path(plan.loading.view).unlink, True)
     await trio.to_thread.run_sync(store.set_current, plan.name)
-    await trio.to_thread.run_sync(store.journal.clear)
+    await trio.to_thread.run_sync(store.restoring.clear)
+
+
+async def undo_revert(vm: AttachedVm | None, entry: JournalEntry, store: VmStore) -> None:
+    """Before the point of no return: let the guest go on, and remove what was made.
+
+    Idempotent. Raises: VmError: the guest does not run again. StoreError.
+    """
+    plan = entry.plan
+    assert isinstance(plan, RevertPlan)
+    if vm is not None and vm.tracker.is_to_run(ran_before=plan.was_running):
+        await vm.ensure_running()
+    standing = await trio.to_thread.run_sync(store.restoring.read)
+    await trio.to_thread.run_sync(remove_files, standing or entry)
+    await trio.to_thread.run_sync(store.restoring.clear)
 
 
 async def disks_in_use(vm: AttachedVm | None) -> str:

@@ -3,54 +3,203 @@
 import os
 import secrets
 import socket
-import stat
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import trio
-
-from qsnapd.errors import ImageInvalid, WrongState
-from qsnapd.model.plan import OverlayPlan, RevertPlan
-from qsnapd.model.snapshot import DiskLayer, FileIdentity, Manifest, MemoryImage
-from qsnapd.snapshot.finish import verify_image
+from qsnapd.errors import Blocked, WrongState
+from qsnapd.image.mapped_ram import read_layout
+from qsnapd.model.launch import LaunchInfo, NewOverlay
+from qsnapd.model.plan import Launch, Loading, OverlayPlan, Restore, RevertPlan
+from qsnapd.model.request import Memory, RestoreRequest, RevertRequest
+from qsnapd.model.snapshot import DiskLayer, ImageFormat, Manifest
 from qsnapd.snapshot.plan import AFTER, image_stem
 from qsnapd.vm.identity import key_of
-from qsnapd.vm.launch import MovedDisk, plan_launch
+from qsnapd.vm.kept_ram import kept_ram_files
+from qsnapd.vm.launch import CommandLine, MovedDisk, Start, launch_of, read_command_line
+from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.ram_options import CannotMap, map_ram
+from qsnapd.vm.readable import User, require_readable
+
+VIEW_SUFFIX = ".view"
 
 
-def plan_revert(manifest: Manifest, memory: MemoryImage, *, to_running: bool) -> RevertPlan:
-    """Name the new overlays and compute the command line; reads file identities only.
+@dataclass(frozen=True)
+class Started:
+    """How a snapshot's QEMU is started: the parts of a plan that hang together."""
 
+    launch: Launch
+    loading: Loading | None
+    lazy_refusal: str | None
+
+
+def plan_revert(
+    manifest: Manifest,
+    request: RevertRequest,
+    *,
+    was_running: bool,
+    directory: Path,
+    may_inherit: bool,
+) -> RevertPlan:
+    """Name the new overlays and compute the command line; reads file identities. Blocks.
+
+    *directory*: where temporary files of the VM go.
     Raises: Blocked, WrongState: the recorded command line cannot be used again, and why.
     """
     token = secrets.token_hex(4)
-    overlays = tuple(_overlay(disk, manifest.name, token) for disk in manifest.disks)
-    launch = plan_launch(
-        manifest.machine.process,
-        manifest.machine,
-        [
-            MovedDisk(target=disk.target, chain=disk.chain, overlay=overlay.path)
-            for disk, overlay in zip(manifest.disks, overlays, strict=True)
-        ],
-        identify=key_of,
-    )
+    overlays = tuple(plan_overlay(disk, manifest.name, token) for disk in manifest.disks)
+    starts = manifest.memory is not None or request.state is not None
+    line = read_manifest_line(manifest, [o.path for o in overlays], may_inherit=may_inherit)
+    started = plan_start(manifest, request, line, token, directory, starts=starts)
     return RevertPlan(
         token=token,
         vm=manifest.vm,
         name=manifest.name,
         requested_at=datetime.now(UTC),
-        to_running=to_running,
-        executable=launch.executable,
-        argv=launch.argv,
-        cwd=launch.cwd,
-        memory_file=memory.path,
-        image_format=manifest.image_format,
+        to_running=(request.state or manifest.state) == "running",
+        launch=started.launch,
+        loading=started.loading,
+        lazy_refusal=started.lazy_refusal,
         overlays=overlays,
+        was_running=was_running,
+        starts=starts,
     )
 
 
-def _overlay(disk: DiskLayer, snapshot: str, token: str) -> OverlayPlan:
+def plan_return(kept: Manifest, *, to_running: bool, may_inherit: bool) -> Restore:
+    """How the state that was just kept comes back: on the overlays made when it was kept.
+
+    Nobody has written to these, because the guest has not run since. Blocks.
+    Raises: Blocked, WrongState: its command line cannot be used again, and why.
+    """
+    token = secrets.token_hex(4)
+    line = read_manifest_line(
+        kept, [disk.overlay or disk.frozen for disk in kept.disks], may_inherit=may_inherit
+    )
+    request = RestoreRequest(name=kept.name, memory=Memory.EAGER)
+    started = plan_start(kept, request, line, token, Path("/"), starts=True)
+    return Restore(
+        token=token,
+        vm=kept.vm,
+        name=kept.name,
+        requested_at=datetime.now(UTC),
+        to_running=to_running,
+        launch=started.launch,
+        loading=started.loading,
+        overlays=(),
+    )
+
+
+def describe_launch(
+    manifest: Manifest, request: RevertRequest, launcher: Launcher
+) -> LaunchInfo:
+    """Say how a revert would start QEMU, reading all memory; touches nothing. Blocks.
+
+    Raises: Blocked: it cannot be started again, and why.
+    """
+    plan = plan_revert(
+        manifest,
+        request.model_copy(update={"memory": Memory.EAGER}),
+        was_running=False,
+        directory=Path("/"),
+        may_inherit=launcher.inherits_descriptors,
+    )
+    launch = plan.launch
+    return LaunchInfo(
+        vm=plan.vm,
+        snapshot=plan.name,
+        executable=launch.executable,
+        argv=launch.argv,
+        command_line=launch.command_line,
+        cwd=launch.cwd,
+        uid=launch.uid,
+        gid=launch.gid,
+        environment=dict(launch.environment),
+        overlays=tuple(
+            NewOverlay(
+                target=overlay.target,
+                path=overlay.path,
+                backing=overlay.backing,
+                backing_format=overlay.backing_format,
+            )
+            for overlay in plan.overlays
+        ),
+        loading=plan.loading,
+    )
+
+
+def read_manifest_line(
+    manifest: Manifest, images: Sequence[str], *, may_inherit: bool = False
+) -> CommandLine:
+    """The recorded command line with each disk on the image given for it. Raises: Blocked."""
+    disks = [
+        MovedDisk(target=disk.target, chain=(*disk.chain, *disk.known_as), overlay=image)
+        for disk, image in zip(manifest.disks, images, strict=True)
+    ]
+    machine = manifest.machine
+    return read_command_line(
+        machine.process, machine, disks, identify=key_of, may_inherit=may_inherit
+    )
+
+
+def plan_start(
+    manifest: Manifest,
+    request: RestoreRequest,
+    line: CommandLine,
+    token: str,
+    directory: Path,
+    *,
+    starts: bool,
+) -> Started:
+    """Decide how the memory gets in: mapped where that is possible, else read. Blocks.
+
+    *starts*: False: it will be started by somebody else, some time, and boots then.
+    Raises: Blocked: it was to be mapped, and cannot be; or the program is gone.
+    """
+    process = manifest.machine.process
+
+    def launch(line: CommandLine, start: Start, plain: CommandLine | None = None) -> Launch:
+        return launch_of(process, line, start=start, token=token, identify=key_of, plain=plain)
+
+    memory, image_format = manifest.memory, manifest.image_format
+    if memory is None or image_format is None:
+        return Started(launch(line, Start.HALTED if starts else Start.BOOT), None, None)
+    kept = kept_ram_files(line.options, line.cwd) if image_format is ImageFormat.MAPPED_RAM else []
+    eager = Loading(memory_file=memory.path, image_format=image_format, emptied=tuple(kept))
+    if request.memory is Memory.EAGER:
+        return Started(launch(line, Start.LOAD), eager, None)
+    try:
+        mapped, blocks = _map(manifest, memory.path, line)
+    except CannotMap as exc:
+        if request.memory is Memory.LAZY:
+            raise Blocked(f"snapshot {manifest.name} cannot be restored lazily: {exc}") from None
+        return Started(launch(line, Start.LOAD), eager, str(exc))
+    lazy = eager.model_copy(
+        update={"emptied": (), "view": str(directory / f".{token}{VIEW_SUFFIX}"), "mapped": blocks}
+    )
+    return Started(launch(mapped, Start.LOAD, plain=line), lazy, None)
+
+
+def _map(
+    manifest: Manifest, image: str, line: CommandLine
+) -> tuple[CommandLine, tuple[str, ...]]:
+    """Put the mapping of *image* into *line*; returns it with the blocks that are mapped."""
+    if not manifest.is_mappable:
+        raise CannotMap("its memory image is not one whose holes are zero pages (mapped-ram)")
+    descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        layout = read_layout(descriptor)
+    finally:
+        os.close(descriptor)
+    process = manifest.machine.process
+    require_readable(image, User(process.uid, process.gid, process.groups))
+    found = map_ram(line.options, image, layout, manifest.machine)
+    return line.changed(found.options), tuple(found.blocks)
+
+
+def plan_overlay(disk: DiskLayer, snapshot: str, token: str) -> OverlayPlan:
+    """The overlay that a restored QEMU writes to, beside the frozen image."""
     frozen = Path(disk.frozen)
     path = frozen.with_name(
         f"{image_stem(frozen)}{AFTER}{snapshot}.{disk.target}-{token}.qcow2"
@@ -62,63 +211,6 @@ def _overlay(disk: DiskLayer, snapshot: str, token: str) -> OverlayPlan:
         backing=disk.frozen,
         backing_format=disk.frozen_format,
         virtual_size_bytes=disk.virtual_size_bytes,
-    )
-
-
-def check_snapshot(manifest: Manifest) -> None:
-    """Refuse a snapshot that would not restore, before anything is touched.
-
-    Runs in a thread of trio's, and stops when its caller is cancelled.
-
-    Raises: WrongState: it holds no memory. ImageInvalid: a file is missing, was replaced or
-      is damaged.
-    """
-    check_cancelled = trio.from_thread.check_cancelled
-    if manifest.memory is None:
-        raise WrongState(f"snapshot {manifest.name} holds no memory: it cannot be reverted to yet")
-    for disk in manifest.disks:
-        for file in disk.chain:
-            if not _is_still(file):
-                raise ImageInvalid(
-                    f"disk {disk.target}: {file.path} is missing or is another file than when "
-                    f"snapshot {manifest.name} was taken"
-                )
-    try:
-        descriptor = os.open(manifest.memory.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        raise ImageInvalid(
-            f"the memory image {manifest.memory.path} cannot be opened: {exc.strerror}"
-        ) from exc
-    try:
-        _check_image(descriptor, manifest, manifest.memory, check_cancelled)
-    finally:
-        os.close(descriptor)
-
-
-def _is_still(file: FileIdentity) -> bool:
-    """By inode alone: device numbers may change with a reboot, a device's inode too."""
-    try:
-        status = os.stat(file.path)
-    except OSError:
-        return False
-    return stat.S_ISBLK(status.st_mode) or status.st_ino == file.inode
-
-
-def _check_image(
-    descriptor: int, manifest: Manifest, memory: MemoryImage, check_cancelled: Callable[[], object]
-) -> None:
-    size_bytes = os.fstat(descriptor).st_size
-    if size_bytes != memory.size_bytes:
-        raise ImageInvalid(
-            f"the memory image {memory.path} has {size_bytes} bytes, it was saved with "
-            f"{memory.size_bytes}"
-        )
-    verify_image(
-        descriptor,
-        manifest.image_format,
-        manifest.strategy,
-        manifest.machine.ram_blocks,
-        check_cancelled,
     )
 
 

@@ -221,6 +221,8 @@ def remove_files(entry: JournalEntry) -> None:
         _remove_temporary(Path(plan.memory_partial))
         for device, inode in made:
             remove_if_ours(Path(plan.memory_file), device, inode)
+    elif plan.loading is not None and plan.loading.view is not None:
+        _remove_temporary(Path(plan.loading.view))
 
 
 def _overlays(entry: JournalEntry) -> tuple[OverlayPlan, ...]:

@@ -3,7 +3,11 @@
 STATE_DIR/VM/NAME/snapshot.json    its presence is the snapshot's existence
 STATE_DIR/VM/NAME/memory.img       unless the memory was put elsewhere
 STATE_DIR/VM/.NAME.partial/        the same while it is being taken
+STATE_DIR/VM/.journal.json         while a snapshot is being taken
+STATE_DIR/VM/.restoring.json       while the VM is being put back to one
+STATE_DIR/VM/.next-start.json      how the VM is started next, if a revert left it shut off
 STATE_DIR/VM/.current              the name of the current snapshot
+STATE_DIR/VM/.leases.json          who runs on the snapshots' files
 STATE_DIR/VM/.state.json           what the daemon knew of the VM when it last ran
 """
 
@@ -26,6 +30,7 @@ from qsnapd.image.files import sync_directory
 from qsnapd.model.names import check_name
 from qsnapd.model.snapshot import Manifest
 from qsnapd.store.journal import Journal
+from qsnapd.store.leases import Leases
 from qsnapd.store.manifests import MANIFEST_NAME, read_manifest, write_manifest
 
 _PARTIAL = ".partial"
@@ -46,6 +51,13 @@ class VmStore:
         self.vm = vm
         self.directory = directory
         self.journal = Journal(directory / ".journal.json")
+        """Of the job that takes a snapshot."""
+        self.restoring = Journal(directory / ".restoring.json")
+        """Of the job that starts the VM from one: it may take one on its way."""
+        self.next_start = Journal(directory / ".next-start.json")
+        """Of a VM that was left shut off: how it is to be started next."""
+        self.leases = Leases(vm, directory)
+        """Who runs on the snapshots' files."""
         self._known = dict[str, tuple[_Version, Manifest | StoreError]]()
         self._refreshing = Lock()
 

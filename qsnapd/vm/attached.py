@@ -1,6 +1,6 @@
 """A VM that qsnapd talks to right now: its session, its process, its condition."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -22,6 +22,7 @@ from qsnapd.qmp.commands import (
     VersionInfo,
 )
 from qsnapd.qmp.session import QmpSession
+from qsnapd.vm.cpu import read_cpu
 from qsnapd.vm.identity import ProcessIdentity
 from qsnapd.vm.tracker import Tracker
 
@@ -48,10 +49,18 @@ class AttachedVm:
     uuid: str
     machine_type: str
     cpu: str | None
+    """Its type, once it is asked for."""
     vcpus: int
     ram_bytes: int
     ram_blocks: tuple[RamBlock, ...]
     """Those that QEMU names (`query-memdev`); it saves more, of devices."""
+    cpu_features: tuple[str, ...] | None = None
+    """Known only `with_cpu`, since asking takes a few milliseconds."""
+
+    async def with_cpu(self) -> "AttachedVm":
+        """The same VM, knowing which CPU it shows its guest. Raises: VmError."""
+        cpu = await read_cpu(self.session)
+        return replace(self, cpu=cpu.type, cpu_features=cpu.features) if cpu else self
 
     @property
     def at_least_10(self) -> bool:
@@ -66,6 +75,7 @@ class AttachedVm:
         return Machine(
             type=self.machine_type,
             cpu=self.cpu,
+            cpu_features=self.cpu_features,
             uuid=self.uuid,
             ram_bytes=self.ram_bytes,
             process=self.process,
@@ -156,7 +166,7 @@ async def learn(
         commands=frozenset(command.name for command in commands),
         uuid=(await session.execute(QueryUuid())).uuid,
         machine_type=machine.removesuffix("-machine"),
-        cpu=cpus[0].qom_type if cpus else None,
+        cpu=None,
         vcpus=len(cpus),
         ram_bytes=memory.base_bytes + memory.plugged_bytes,
         ram_blocks=tuple(

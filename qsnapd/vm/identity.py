@@ -6,17 +6,26 @@ A process is its pid together with its start time: a pid alone may come to mean 
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from qsnapd.errors import SessionLost, VmError
 from qsnapd.model.snapshot import FileIdentity, Process
-from qsnapd.vm.argv import parse_options
+from qsnapd.vm.argv import Option, parse_options
 from qsnapd.vm.peer import pid_of_peer
-from qsnapd.vm.proc import FileKey, open_files, proc_errors, start_time_ticks, status_of
+from qsnapd.vm.proc import (
+    ARGV_VARIABLE,
+    FileKey,
+    open_files,
+    proc_errors,
+    start_time_ticks,
+    status_of,
+)
 
 _ENVIRONMENT = (
     "DBUS_SESSION_BUS_ADDRESS",
@@ -34,6 +43,9 @@ _ENVIRONMENT = (
 )
 _ENVIRONMENT_PREFIXES = ("LD_", "MALLOC_", "QEMU_", "SDL_", "XDG_")
 """What QEMU and its libraries read. Never all of it: an environment holds secrets."""
+
+_OF_ONE_START = frozenset({"object", "machine", "M", "incoming", "S"})
+"""The options in which the words of a QEMU whose RAM maps an image differ from the plain ones."""
 
 _EFFECTIVE = 1
 """Which of the ids in /proc/PID/status: real, effective, saved, filesystem."""
@@ -81,6 +93,9 @@ def ensure_same(identity: ProcessIdentity) -> None:
 def read_process(identity: ProcessIdentity) -> Process:
     """All that it takes to start the process again.
 
+    If its RAM maps a memory image, the words say instead how it would be without that: the
+    image is no part of the VM, and may not outlive this process.
+
     Raises:
       SessionLost: it has ended.
       VmError: it is not ours to look into, or its words are not text.
@@ -88,8 +103,9 @@ def read_process(identity: ProcessIdentity) -> Process:
     place = Path(f"/proc/{identity.pid}")
     status = status_of(identity.pid)
     with proc_errors(identity.pid):
-        argv = _words((place / "cmdline").read_bytes())
-        environment = dict(_worth_keeping((place / "environ").read_bytes()))
+        environ = (place / "environ").read_bytes()
+        argv = _plain_argv(_words((place / "cmdline").read_bytes()), environ)
+        environment = dict(_worth_keeping(environ))
         daemonized = any(option.name == "daemonize" for option in parse_options(argv[1:]))
         process = Process(
             exe=str((place / "exe").readlink()),
@@ -133,6 +149,18 @@ def key_of(path: str) -> FileKey | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def is_still(file: FileIdentity) -> bool:
+    """Whether the file's path still leads to it.
+
+    By inode alone: device numbers may change with a reboot, a block device's inode too.
+    """
+    try:
+        status = os.stat(file.path)
+    except OSError:
+        return False
+    return stat.S_ISBLK(status.st_mode) or status.st_ino == file.inode
 
 
 def resolve_image_path(
@@ -194,8 +222,31 @@ def _words(text: bytes) -> tuple[str, ...]:
         raise VmError(f"QEMU's command line is not UTF-8: {exc}") from None
 
 
+def _plain_argv(argv: tuple[str, ...], environ: bytes) -> tuple[str, ...]:
+    """*argv*, or what it would be if the process's RAM did not map a memory image."""
+    told = dict(_variables(environ)).get(ARGV_VARIABLE, "[]")
+    try:
+        words: Any = json.loads(told)
+    except ValueError:
+        return argv
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
+        return argv
+    # A shell may have passed the variable on to a QEMU that it was not meant for.
+    return tuple(words) if _lasting(words) == _lasting(argv) else argv
+
+
+def _lasting(words: Sequence[str]) -> list[Option]:
+    return [option for option in parse_options(words[1:]) if option.name not in _OF_ONE_START]
+
+
 def _worth_keeping(environ: bytes) -> Iterator[tuple[str, str]]:
+    for name, value in _variables(environ):
+        if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES):
+            yield name, value
+
+
+def _variables(environ: bytes) -> Iterator[tuple[str, str]]:
     for entry in environ.decode(errors="replace").split("\0"):
         name, equals, value = entry.partition("=")
-        if equals and (name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)):
+        if equals:
             yield name, value

@@ -1,19 +1,22 @@
-"""The command line that starts a VM again, on other disks and waiting for its memory.
+"""The command line that starts a VM again, on other disks.
 
 Pure: nothing is started and no file is touched; the caller says which file a name means.
 What cannot be started again the same way is refused here, before anything is ended.
 """
 
+import json
 import os.path
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from qsnapd.errors import Blocked
+from qsnapd.model.plan import Launch
 from qsnapd.model.snapshot import FileIdentity, Machine, Process
 from qsnapd.vm.argv import Fields, Option, parse_options, words_of
 from qsnapd.vm.descriptors import refuse_descriptors
 from qsnapd.vm.disk_options import DiskOptions, Mention
+from qsnapd.vm.proc import ARGV_VARIABLE, TOKEN_VARIABLE
 
 Identify = Callable[[str], tuple[int, int] | None]
 """Device and inode of what an absolute path leads to now, e.g. `vm.identity.key_of`."""
@@ -21,12 +24,21 @@ Identify = Callable[[str], tuple[int, int] | None]
 DELETED = " (deleted)"
 """What Linux appends to the name of a program whose file is gone."""
 
-_WAITING = (Option("incoming", "defer"), Option("S"))
-_REPLACED = frozenset({"incoming", "loadvm", "S"})
+_STALE = frozenset({"incoming", "loadvm", "S"})
 _REFUSED = {
     "snapshot": "all disk writes of this VM are thrown away when it ends",
     "preconfig": "a VM that is configured over QMP before it starts cannot be started again",
 }
+
+
+class Start(Enum):
+    """What a QEMU does once it is up."""
+
+    LOAD = (Option("incoming", "defer"), Option("S"))
+    """Waits for `migrate-incoming`, and stays stopped after the load."""
+    BOOT = ()
+    HALTED = (Option("S"),)
+    """Boots as soon as it is told to run."""
 
 
 @dataclass(frozen=True)
@@ -41,55 +53,81 @@ class MovedDisk:
 
 
 @dataclass(frozen=True)
-class LaunchPlan:
-    """What to execute, ready for `subprocess`: the program's file, its words, where it starts."""
+class CommandLine:
+    """A recorded command line on its way to another one."""
 
-    executable: str
-    argv: tuple[str, ...]
-    """With the name it was called by in front."""
+    options: tuple[Option, ...]
     cwd: str
 
-    @property
-    def command_line(self) -> str:
-        """For people: quoted for a shell."""
-        return shlex.join([self.executable, *self.argv[1:]])
+    def changed(self, options: Sequence[Option]) -> "CommandLine":
+        return replace(self, options=tuple(options))
 
 
-def plan_launch(
-    process: Process, machine: Machine, disks: Sequence[MovedDisk], *, identify: Identify
-) -> LaunchPlan:
-    """Compute how to start *process* again with *disks* on their overlays.
+def read_command_line(
+    process: Process,
+    machine: Machine,
+    disks: Sequence[MovedDisk],
+    *,
+    identify: Identify,
+    may_inherit: bool = False,
+) -> CommandLine:
+    """Read how *process* was started, with *disks* on their overlays and the machine pinned.
 
-    QEMU then waits for `migrate-incoming`, with the machine type as it was resolved, and
-    stays stopped after the load. Everything else is as recorded: sockets, names, log files.
+    What belonged to one start only is gone (`-incoming`, `-loadvm`, `-S`). Everything else
+    is as recorded: sockets, names, log files. Descriptors that its parent had passed are
+    refused, unless the next one *may_inherit* the same.
 
-    Raises: Blocked: it cannot be done the same way; says which disk or option, and why.
+    Raises: Blocked: it cannot be started the same way; says which disk or option, and why.
     """
     options = parse_options(process.argv[1:])
     for option in options:
-        _refuse(option)
-    options = [option for option in options if option.name not in _REPLACED]
+        _refuse(option, may_inherit=may_inherit)
+    options = [option for option in options if option.name not in _STALE]
     cwd = process.cwd
     disk_options = DiskOptions(options)
     for disk, found in _find(disks, list(disk_options.mentions()), process, identify).items():
         disk_options.replace(found.mention, disk.overlay)
         cwd = found.cwd or cwd
-    return LaunchPlan(
+    return CommandLine(tuple(_pin_machine(disk_options.options(), machine.type)), cwd)
+
+
+def launch_of(
+    process: Process,
+    line: CommandLine,
+    *,
+    start: Start,
+    token: str,
+    identify: Identify,
+    plain: CommandLine | None = None,
+) -> Launch:
+    """Turn *line* into what a launcher executes, as who *process* ran as.
+
+    *plain*: what a later snapshot is to record of the new process, if that is another line.
+    Raises: Blocked: the program is gone.
+    """
+    environment: Mapping[str, str] = dict(process.environment) | {TOKEN_VARIABLE: token}
+    if plain is not None:
+        words = (process.argv[0], *words_of(plain.options))
+        environment = {**environment, ARGV_VARIABLE: json.dumps(words)}
+    return Launch(
+        token=token,
         executable=_executable(process.exe, identify),
-        argv=(
-            process.argv[0],
-            *words_of([*_pin_machine(disk_options.options(), machine.type), *_WAITING]),
-        ),
-        cwd=cwd,
+        argv=(process.argv[0], *words_of([*line.options, *start.value])),
+        cwd=line.cwd,
+        uid=process.uid,
+        gid=process.gid,
+        groups=process.groups,
+        environment=tuple(environment.items()),
     )
 
 
-def _refuse(option: Option) -> None:
+def _refuse(option: Option, *, may_inherit: bool) -> None:
     if option.name in _REFUSED:
         raise Blocked(f"{option}: {_REFUSED[option.name]}")
     if option.name == "set" and (option.value or "").startswith("drive."):
         raise Blocked(f"{option}: write this into the -drive itself, qsnapd changes only that")
-    refuse_descriptors(option)
+    if not may_inherit:
+        refuse_descriptors(option)
 
 
 def _executable(exe: str, identify: Identify) -> str:

@@ -17,6 +17,11 @@ _START_TIME_FIELD = 22
 FileKey = tuple[int, int]
 """Device and inode."""
 
+TOKEN_VARIABLE = "QSNAPD_TOKEN"
+"""In the environment of a QEMU that qsnapd has started: which plan it was started by."""
+ARGV_VARIABLE = "QSNAPD_ARGV"
+"""The same: the words (JSON) it would have been started with, had its RAM not been mapped."""
+
 
 @contextmanager
 def proc_errors(pid: int) -> Iterator[None]:
@@ -84,3 +89,27 @@ def open_sockets(pid: int) -> frozenset[int]:
         if kind == "socket":
             inodes.add(int(inode[1:-1]))
     return frozenset(inodes)
+
+
+def launch_token(pid: int) -> str | None:
+    """The token of the plan by which qsnapd has started this process, if it has.
+
+    Raises: SessionLost, VmError: the process is gone, or not ours to look into.
+    """
+    with proc_errors(pid):
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    prefix = f"{TOKEN_VARIABLE}=".encode()
+    found = (entry.removeprefix(prefix) for entry in entries if entry.startswith(prefix))
+    token = next(found, None)
+    return None if token is None else token.decode(errors="replace")
+
+
+def find_launched(token: str) -> int | None:
+    """The process that was started by the plan with this *token*, if one can be seen."""
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        try:
+            if launch_token(pid) == token:
+                return pid
+        except VmError:
+            continue
+    return None

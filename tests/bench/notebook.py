@@ -32,6 +32,10 @@ class Measurement:
     measure: str
     """What `value` is, its unit at the end."""
     value: float
+    ram_mib: int | None = None
+    """The VM's RAM, where that is what is varied."""
+    clones: int | None = None
+    """How many of them there were."""
 
 
 @dataclass(frozen=True)

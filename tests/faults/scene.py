@@ -27,6 +27,7 @@ from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm, learn
 from qsnapd.vm.identity import ProcessIdentity, identify
+from qsnapd.vm.spawn import Spawn
 from qsnapd.vm.tracker import Tracker
 from tests.faults.fake_blocks import VIRTUAL_SIZE_BYTES
 from tests.faults.fake_migration import SavingScript
@@ -130,7 +131,7 @@ class Scene:
 
     async def recover(self) -> str | None:
         """Do what the next daemon does when it finds this QEMU alive."""
-        return await recover(self.vm, self.store, qemu_img=qemu_img())
+        return await recover(self.vm, self.store, qemu_img=qemu_img(), launcher=Spawn())
 
     async def recover_offline(self) -> str | None:
         """End QEMU, and do what the next daemon does about that."""
@@ -160,7 +161,7 @@ class Scene:
             found.append(f"reported {manifest is not None}, listed {[*self.store.snapshots()]}")
         if self.qemu.migration.harm:
             found.append(self.qemu.migration.harm)
-        if self.store.journal.read() is not None:
+        if self.store.journal.read() or self.store.restoring.read():
             found.append("the journal still has an entry")
         for name, node in self.qemu.blocks.devices.items():
             if node.reads() != self.qemu.tick:

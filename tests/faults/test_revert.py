@@ -12,6 +12,8 @@ from qsnapd.model.snapshot import Strategy
 from qsnapd.model.state import Condition
 from qsnapd.snapshot.revert import Revert
 from qsnapd.vm.attached import AttachedVm
+from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.spawn import Spawn
 from tests.faults.inline import run_program_here
 from tests.faults.scene import VM, Case, Scene, not_as_before, open_scene, qemu_img
 from tests.faults.sweeps import CancelAt, sweep
@@ -29,6 +31,7 @@ class OneVm:
         self.qmp = scene.folder / "qmp"
         self.store = scene.store
         self.tracker = scene.vm.tracker
+        self.launcher: Launcher = Spawn()
         self.attached: AttachedVm | None = scene.vm
 
     async def wait_attached(self) -> AttachedVm:
@@ -42,7 +45,7 @@ class Switched(Exception):
     """The revert has come to its point of no return."""
 
 
-async def switch_nothing(*_arguments: object) -> AttachedVm:
+async def switch_nothing(*_arguments: object) -> None:
     await trio.lowlevel.checkpoint()
     raise Switched
 
@@ -51,7 +54,7 @@ async def reverted(scene: Scene) -> bool:
     """Revert; returns whether it came to the point of no return."""
     revert = Revert(OneVm(scene), scene.new_job(JobKind.REVERT), qemu_img=qemu_img())
     try:
-        await revert.run(RevertRequest(name="s1"))
+        await revert.run(RevertRequest(name="s1", discard=True))
     except Switched:
         return True
     return False
@@ -107,7 +110,7 @@ async def test_the_daemon_dies_with_everything_prepared(
     async with open_scene(CASE) as scene:
         await prepare(scene)
         assert await reverted(scene)
-        entry = scene.store.journal.read()
+        entry = scene.store.restoring.read()
         assert entry is not None
         assert len(entry.made) == CASE.disks
         assert not_as_before(scene.before, scene.look()) != []

@@ -19,7 +19,10 @@ OUTPUT = CACHE / "guests"
 LINUX = CACHE / "linux"
 """Where the kernel and busybox packages are unpacked."""
 
-DRIVERS = ("virtio_pci", "virtio_blk", "virtio_scsi", "virtio_console", "sd_mod", "ata_piix")
+DRIVERS = (
+    *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "virtio_console"),
+    *("sd_mod", "ata_piix"),
+)
 """Without their dependencies, in the order in which they are to be loaded."""
 
 PAGES_IMAGE_BYTES = 1 << 20

@@ -5,11 +5,12 @@
  *   slots.memory_mib=N     size of the memory that is being dirtied (default 16)
  *   slots.dirty_mib_s=N    how fast it is dirtied, MiB/s; 0: not at all (default 0)
  *   slots.disk_pause_us=N  pause after each disk write (default 0)
+ *   slots.sign_ms=N        time between signs of life (default 500)
  *
  * What it prints, one line each:
  *
  *   READY <disks> <slots per disk> <pages>
- *   OK <ms since boot> <disk writes> <memory generation> <disk rounds>   about twice a second
+ *   OK <ms since boot> <disk writes> <memory generation> <disk rounds>   a sign of life
  *   LOST   <disk> <slot> <seq on disk> <seq in memory>   the disk is older than memory
  *   FUTURE <disk> <slot> <seq on disk> <seq in memory>   the disk is newer than memory
  *   TORN   <disk> <slot>                                 the slot is not what anybody wrote
@@ -74,7 +75,7 @@ static struct disk disks[DISKS_LIMIT];
 static unsigned disk_count;
 static _Atomic uint64_t generation;
 static uint64_t page_count;
-static unsigned long memory_mib = 16, dirty_mib_s, disk_pause_us;
+static unsigned long memory_mib = 16, dirty_mib_s, disk_pause_us, sign_ms = 500;
 
 /* One line, one write: lines of different threads must not mix. */
 __attribute__((format(printf, 1, 2)))
@@ -220,6 +221,7 @@ static void read_command_line(void)
         sscanf(word, "slots.memory_mib=%lu", &memory_mib);
         sscanf(word, "slots.dirty_mib_s=%lu", &dirty_mib_s);
         sscanf(word, "slots.disk_pause_us=%lu", &disk_pause_us);
+        sscanf(word, "slots.sign_ms=%lu", &sign_ms);
     }
 }
 
@@ -252,7 +254,7 @@ int main(void)
         start(dirty_memory, pages);
 
     for (;;) {
-        usleep(500 * 1000);
+        usleep(sign_ms * 1000);
         uint64_t writes = 0, rounds = disk_count ? UINT64_MAX : 0;
         for (unsigned i = 0; i < disk_count; i++) {
             uint64_t mine = atomic_load(&disks[i].writes);

@@ -77,6 +77,15 @@ def pages_boot_image() -> Path:
     return _existing(CACHE / "guests" / "pages.img")
 
 
+def microvm_firmware() -> Path:
+    """Return a BIOS for the machine type microvm, for either QEMU.
+
+    That of Debian 12 does not boot from a disk there.
+    """
+    prefix = find_qemu(BACKPORTS_QEMU).system.parents[1]
+    return _existing(prefix / "share" / "seabios" / "bios-microvm.bin")
+
+
 def qemu_folder(version: str) -> Path:
     """Return where QEMU *version* is unpacked, if it is."""
     return CACHE / f"qemu-{version}"

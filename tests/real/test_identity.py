@@ -20,7 +20,7 @@ from qsnapd.vm.identity import (
     resolve_image_path,
     wait_exit,
 )
-from qsnapd.vm.launch import MovedDisk, plan_launch
+from qsnapd.vm.launch import MovedDisk, Start, launch_of, read_command_line
 from tests.parts import Qemu, qemu_versions
 
 each_qemu = pytest.mark.parametrize("qemu", qemu_versions(), ids=str)
@@ -74,7 +74,8 @@ async def test_a_daemonized_qemu_with_relative_names_starts_again(
 
     machine = Machine(type="pc-i440fx-7.2", ram_bytes=1 << 27, process=process)
     disk = MovedDisk("vda", (found,), str(overlay))
-    plan = plan_launch(process, machine, [disk], identify=key_of)
+    line = read_command_line(process, machine, [disk], identify=key_of)
+    plan = launch_of(process, line, start=Start.LOAD, token="0", identify=key_of)
     assert plan.cwd == str(tmp_path)
     async with running(plan.executable, plan.argv, tmp_path, pwd=plan.cwd) as identity:
         again = read_process(identity)
@@ -83,4 +84,4 @@ async def test_a_daemonized_qemu_with_relative_names_starts_again(
     assert now is not None
     # And once more, from a command line that is our own already.
     disk = MovedDisk("vda", (now, found), str(overlay))
-    assert plan_launch(again, machine, [disk], identify=key_of) == plan
+    assert read_command_line(again, machine, [disk], identify=key_of) == line

@@ -11,7 +11,7 @@ import pytest
 from qsnapd.model.snapshot import FileIdentity, Machine, Process
 from qsnapd.vm.argv import WITHOUT_VALUE
 from qsnapd.vm.identity import key_of
-from qsnapd.vm.launch import MovedDisk, plan_launch
+from qsnapd.vm.launch import MovedDisk, Start, launch_of, read_command_line
 from tests.parts import Qemu, qemu_versions
 
 each_qemu = pytest.mark.parametrize("qemu", qemu_versions(), ids=str)
@@ -114,12 +114,13 @@ def test_qemu_starts_on_the_overlay(qemu: Qemu, spelling: str, tmp_path: Path) -
     argv = ("qemu", *QUIET, *words)
     [before] = ask(qemu.system, argv, tmp_path, {"execute": "query-block"})
     process = Process(exe=str(qemu.system), argv=argv, cwd=str(tmp_path), uid=0, gid=0)
-    plan = plan_launch(
+    line = read_command_line(
         process,
         Machine(type=MACHINE_TYPE, ram_bytes=1 << 25, process=process),
         [MovedDisk("vda", tuple(map(file_identity, used)), str(overlay))],
         identify=key_of,
     )
+    plan = launch_of(process, line, start=Start.LOAD, token="0", identify=key_of)
     after, status, machine = ask(
         *(plan.executable, plan.argv, Path(plan.cwd)),
         *({"execute": "query-block"}, {"execute": "query-status"}, QUERY_MACHINE),

@@ -1,16 +1,23 @@
 """Putting a VM back: what is found too late is found before the old QEMU is ended."""
 
+import itertools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from qsnapd.errors import ImageInvalid, UnknownSnapshot
+from qsnapd.errors import CaptureFailed, Effect, ImageInvalid, UnknownSnapshot, VmError
+from qsnapd.model.plan import Loading
 from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.snapshot import load
+from qsnapd.snapshot.job import Job
+from qsnapd.vm.attached import AttachedVm
 from tests.parts import Qemu
 from tests.real.cases import VM, each_qemu, open_busy, open_lazy
 from tests.real.footprint import look
+from tests.rig import Rig
 
 Damage = Callable[[bytes], bytes]
 
@@ -50,9 +57,19 @@ async def test_damaged_snapshot_is_refused_and_the_vm_goes_on(qemu: Qemu, tmp_pa
             assert rig.host.vm(VM).state == "running"
         assert await look(vm, tmp_path) == before
 
-        await rig.revert(VM, RevertRequest(name="s"))
+        await rig.revert(VM, RevertRequest(name="s", discard=True))
         assert vm.pid != pid
+        assert [m.name for m in rig.host.snapshots(VM)] == ["s"]
         assert rig.host.vm(VM).reason == "from snapshot"
+
+
+async def revert(rig: Rig, name: str) -> str:
+    """Revert to *name*; returns what the state before is kept as."""
+    job = await rig.host.revert(VM, RevertRequest(name=name))
+    await job.wait()
+    kept = job.info().kept
+    assert kept is not None
+    return kept
 
 
 @each_qemu
@@ -61,14 +78,14 @@ async def test_branches(qemu: Qemu, tmp_path: Path) -> None:
     async with open_busy(qemu, tmp_path) as (vm, rig):
         await rig.create(VM, CreateRequest(name="root"))
         await rig.create(VM, CreateRequest(name="left"))
-        await rig.revert(VM, RevertRequest(name="root"))
+        kept = await revert(rig, "root")
         await vm.wait_checked()
         await rig.create(VM, CreateRequest(name="right", live=True))
         parents = {m.name: m.parent for m in rig.host.snapshots(VM)}
-        assert parents == {"root": None, "left": "root", "right": "root"}
-        for name in ("left", "right", "root"):
+        assert parents == {"root": None, "left": "root", "right": "root", kept: "left"}
+        for name in ("left", "right", kept, "root"):
             mark = len(vm.log_lines())
-            await rig.revert(VM, RevertRequest(name=name))
+            await rig.revert(VM, RevertRequest(name=name, discard=True))
             await vm.wait_checked()
             assert vm.slots_report(mark).bad_lines == ()
 
@@ -85,7 +102,7 @@ async def test_running_or_paused_as_asked_for(qemu: Qemu, tmp_path: Path) -> Non
             ("stood", None, "paused"),
             ("stood", "running", "running"),
         ):
-            request = RevertRequest.model_validate({"name": name, "state": state})
+            request = RevertRequest.model_validate({"name": name, "state": state, "discard": True})
             await rig.revert(VM, request)
             info = rig.host.vm(VM)
             assert (info.state, info.reason) == (expected, "from snapshot")
@@ -99,3 +116,99 @@ async def test_vm_that_was_shut_off(qemu: Qemu, tmp_path: Path) -> None:
         await rig.supervisors[VM].wait_detached()
         await rig.revert(VM, RevertRequest(name="s"))
         assert rig.host.vm(VM).state == "running"
+
+
+@each_qemu
+async def test_state_that_is_left_is_kept_as_it_was(qemu: Qemu, tmp_path: Path) -> None:
+    """Running or paused, and who has paused it; QEMU 7.2 saves a paused VM only once."""
+    async with open_lazy(qemu, tmp_path) as (_, rig):
+        await rig.create(VM, CreateRequest(name="s"))
+        ran = await revert(rig, "s")
+        await rig.host.suspend(VM)
+        stood = await revert(rig, "s")
+        manifests = {m.name: m for m in rig.host.snapshots(VM)}
+        assert (manifests[ran].state, manifests[ran].parent) == ("running", "s")
+        assert (manifests[stood].state, manifests[stood].reason) == ("paused", "PAUSED_USER")
+        assert rig.host.vm(VM).state == "running"
+
+
+@each_qemu
+async def test_what_was_left_comes_back_if_the_snapshot_does_not_load(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = itertools.count(1)
+
+    async def load_memory(vm: AttachedVm, loading: Loading, job: Job) -> None:
+        if next(tries) == 1:
+            raise CaptureFailed("QEMU could not load it")
+        await real(vm, loading, job)
+
+    real = load.load_memory
+    async with open_busy(qemu, tmp_path) as (vm, rig):
+        await rig.create(VM, CreateRequest(name="s"))
+        await vm.wait_checked()
+        files = {path for path in vm.folder.iterdir() if "after-s." in path.name}
+        mark, pid = len(vm.log_lines()), vm.pid
+        monkeypatch.setattr("qsnapd.snapshot.start.load_memory", load_memory)
+        with pytest.raises(VmError, match="The VM is back in the state it was in") as failure:
+            await rig.revert(VM, RevertRequest(name="s"))
+        assert failure.value.effect is Effect.ROLLED_BACK
+        assert vm.pid != pid
+        await vm.wait_checked()
+        assert vm.slots_report(mark).bad_lines == ()
+        assert rig.host.vm(VM).state == "running"
+        assert str(rig.host.current(VM)).startswith("before-s-")
+        assert {path for path in vm.folder.iterdir() if "after-s." in path.name} == files
+        await rig.revert(VM, RevertRequest(name="s"))
+
+
+@each_qemu
+async def test_shut_off_with_words_if_nothing_was_kept(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def load_memory(vm: AttachedVm, loading: Loading, job: Job) -> None:
+        raise CaptureFailed("QEMU could not load it")
+
+    async with open_lazy(qemu, tmp_path) as (vm, rig):
+        manifest = await rig.create(VM, CreateRequest(name="s"))
+        with monkeypatch.context() as patch:
+            patch.setattr("qsnapd.snapshot.start.load_memory", load_memory)
+            with pytest.raises(VmError, match="The VM is shut off; the disks of the state") as no:
+                await rig.revert(VM, RevertRequest(name="s", discard=True))
+        assert no.value.effect is Effect.PARTIAL
+        assert str(manifest.disks[0].overlay) in str(no.value)
+        assert rig.host.vm(VM).state == "shut off"
+        assert vm.pids() == []
+        await rig.revert(VM, RevertRequest(name="s"))
+        assert rig.host.vm(VM).state == "running"
+
+
+@each_qemu
+async def test_disk_only_snapshot(qemu: Qemu, tmp_path: Path) -> None:
+    """It leaves the VM shut off, or starts it from its disks."""
+    async with open_busy(qemu, tmp_path) as (vm, rig):
+        manifest = await rig.create(VM, CreateRequest(name="s"))
+        without_memory(tmp_path / VM / "s")
+        files = [Path(disk.frozen).read_bytes() for disk in manifest.disks]
+        await revert(rig, "s")
+        assert (rig.host.vm(VM).state, rig.host.current(VM)) == ("shut off", "s")
+        assert vm.pids() == []
+        mark = len(vm.log_lines())
+        await rig.revert(VM, RevertRequest(name="s", state="running"))
+        await vm.wait_line(lambda line: line.startswith("OK"), since=mark)
+        assert [Path(disk.frozen).read_bytes() for disk in manifest.disks] == files
+        await rig.revert(VM, RevertRequest(name="s", state="paused"))
+        assert rig.host.vm(VM).state == "paused"
+        await rig.host.resume(VM)
+        mark = len(vm.log_lines())
+        await vm.wait_line(lambda line: line.startswith("OK"), since=mark)
+
+
+def without_memory(snapshot: Path) -> None:
+    """Make a disk-only snapshot of a checkpoint."""
+    path = snapshot / "snapshot.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(manifest | {"memory": None, "strategy": None, "image_format": None})
+    )
+    (snapshot / "memory.img").unlink()

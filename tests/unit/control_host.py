@@ -1,5 +1,6 @@
 """A `Host` that lives in memory, and a server for it on a real unix socket."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from qsnapd.errors import (
 )
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo, JobKind, Phase
+from qsnapd.model.launch import LaunchInfo, NewOverlay
+from qsnapd.model.plan import Loading
 from qsnapd.model.request import CreateRequest, RevertRequest
 from qsnapd.model.snapshot import (
     DiskLayer,
@@ -33,7 +36,15 @@ from qsnapd.model.snapshot import (
     Strategy,
 )
 from qsnapd.model.state import Condition
+from qsnapd.model.transfer import (
+    Export,
+    ExportedFile,
+    ExportRequest,
+    ImportRequest,
+    TransferProgress,
+)
 from qsnapd.model.vm import DiskInfo, VmInfo
+from qsnapd.snapshot.meter import Tell
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 GIB = 1 << 30
@@ -137,6 +148,11 @@ class FakeHost:
         self.running: FakeJob | None = None
         self.ended: FakeJob | None = None
         self.requests: list[CreateRequest | RevertRequest] = []
+        self.transfers: list[ExportRequest | ImportRequest] = []
+        self.read: list[bytes] = []
+        """What came through the descriptors of imports."""
+        self.go_on = trio.Event()
+        self.go_on.set()
         self.started = trio.Event()
         self.subscribed = trio.Event()
         self._subscribers: set[trio.MemorySendChannel[Event]] = set()
@@ -182,6 +198,54 @@ class FakeHost:
         if request.name not in self.manifests:
             raise UnknownSnapshot(f"VM {name} has no snapshot {request.name!r}")
         return self._start(name, JobKind.REVERT, request, self.manifests[request.name])
+
+    async def start(self, name: str) -> FakeJob:
+        request = RevertRequest(name="s1")
+        return self._start(name, JobKind.START, request, self.manifests["s1"])
+
+    async def launch(self, name: str, request: RevertRequest) -> LaunchInfo:
+        process = self.manifests[request.name].machine.process
+        return LaunchInfo(
+            vm=name,
+            snapshot=request.name,
+            executable=process.exe,
+            argv=process.argv,
+            command_line=process.exe,
+            cwd=process.cwd,
+            uid=0,
+            gid=0,
+            environment={"LANG": "C", "QSNAPD_TOKEN": "0"},
+            overlays=(
+                NewOverlay(
+                    target="vda", path="/d/new 1", backing="/d/base.qcow2", backing_format="raw"
+                ),
+            ),
+            loading=Loading(memory_file="/s/memory.img", image_format=ImageFormat.MAPPED_RAM),
+        )
+
+    async def export(
+        self, name: str, request: ExportRequest, descriptor: int | None, tell: Tell
+    ) -> Export:
+        self.vm(name)
+        self.transfers.append(request)
+        tell(TransferProgress(step="memory", done_bytes=1, total_bytes=2))
+        if descriptor is not None:
+            os.write(descriptor, b"stream")
+        await self.go_on.wait()
+        memory = ExportedFile(size_bytes=GIB, data_bytes=4096, sha256="0" * 64)
+        origin = self.manifests[request.name].model_copy(update={"disks": ()})
+        return Export(exported_at=NOW, snapshot=origin, memory=memory, disks=())
+
+    async def take_in(
+        self, name: str, request: ImportRequest, descriptor: int | None, tell: Tell
+    ) -> tuple[str, tuple[str, ...]]:
+        self.vm(name)
+        self.transfers.append(request)
+        if descriptor is not None:
+            self.read.append(os.read(descriptor, 100))
+        taken = manifest(request.name or "imported", minute=3)
+        self.manifests[taken.name] = taken
+        return taken.name, ("a note",)
 
     def job(self, name: str) -> JobInfo | None:
         self.vm(name)

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from qsnapd.model.job import Phase
-from qsnapd.model.request import CreateRequest, DiskRequest, RevertRequest
+from qsnapd.model.request import CreateRequest, DiskRequest, Memory, RevertRequest
 from qsnapd.model.snapshot import ImageFormat, Strategy
 from tests.unit.control_host import GIB, Served, manifest
 
@@ -165,6 +165,7 @@ async def test_snapshot_info(served: Served) -> None:
         "size_bytes": GIB,
         "allocated_bytes": 4096,
         "sha256": None,
+        "holes_are_zero": False,
     }
     fixed = "vm parent state created_at strategy image_format paused_ms total_ms qemu_version"
     assert set(fixed.split()) <= set(told)
@@ -181,7 +182,39 @@ async def test_current_and_parent(served: Served) -> None:
 async def test_revert(served: Served) -> None:
     line = "snapshot-revert vm1 s1 --paused"
     assert await run(served, line) == "Domain snapshot s1 reverted\n"
-    assert served.host.requests == [RevertRequest(name="s1", state="paused")]
+    line = "snapshot-revert vm1 --current --running --lazy --read-ahead --force --discard"
+    assert await run(served, line) == "Domain snapshot s1 reverted\n"
+    assert served.host.requests == [
+        RevertRequest(name="s1", state="paused"),
+        RevertRequest(
+            name="s1",
+            state="running",
+            memory=Memory.LAZY,
+            read_ahead=True,
+            force=True,
+            discard=True,
+        ),
+    ]
+    for flags in ("--running --paused", "--lazy --eager"):
+        said = await run(served, f"snapshot-revert vm1 s1 {flags}", status=2)
+        assert "mutually exclusive" in said
+
+
+async def test_launch_is_a_script_for_a_shell(served: Served) -> None:
+    said = await run(served, "domlaunch vm1 s1 --print")
+    lines = [line for line in said.splitlines() if not line.startswith("#")]
+    assert lines == [
+        "qemu-img create -f qcow2 -F raw -b /d/base.qcow2 '/d/new 1'",
+        "cd /",
+        "export LANG=C",
+        "/usr/bin/qemu",
+    ]
+    assert '"uri": "file:/s/memory.img"' in said
+    assert json.loads(await run(served, "--json domlaunch vm1 s1"))["uid"] == 0
+
+
+async def test_start(served: Served) -> None:
+    assert await run(served, "start vm1") == "Domain 'vm1' started\n"
 
 
 async def test_jobs(served: Served) -> None:

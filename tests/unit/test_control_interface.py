@@ -42,7 +42,7 @@ def test_nullable_is_what_may_be_left_out_or_null() -> None:
     text = interface.generate()
     assert "  live: ?bool,\n" in text, "a default in a request"
     assert "  description: string,\n" in text, "a default in a reply"
-    assert "  sha256: ?string\n" in text
+    assert "  sha256: ?string,\n" in text
     assert "  environment: [][]string\n" in text
 
 

@@ -1,5 +1,6 @@
 """Who serves a socket, and what a process has open: told of real processes."""
 
+import json
 import os
 import signal
 import socket
@@ -115,6 +116,39 @@ def test_a_process_is_read_as_it_was_started(tmp_path: Path) -> None:
     assert environment["QEMU_X"] == "1"
     assert environment["PATH"] == os.environ["PATH"]
     assert "MY_SECRET" not in environment
+
+
+PLAIN = (sys.executable, "-c", READY_THEN_WAIT, "-m", "64", "-object", "rng,id=r")
+
+
+@pytest.mark.parametrize(
+    ("told", "believed"),
+    [
+        (json.dumps(PLAIN), True),
+        (json.dumps(PLAIN).replace("64", "128"), False),
+        (json.dumps(PLAIN[1:]), False),
+        (json.dumps([*PLAIN, 1]), False),
+        ("[]", False),
+        ("{}", False),
+        ("nonsense", False),
+    ],
+)
+def test_words_of_a_process_whose_ram_is_mapped_are_the_plain_ones(
+    told: str, believed: bool
+) -> None:
+    words = (*PLAIN, "-object", "ram,id=m", "-machine", "memory-backend=m", "-incoming", "x", "-S")
+    variables = {"QSNAPD_ARGV": told, "QSNAPD_TOKEN": "x", "QEMU_X": "1"}
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            process = read_process(identify(child.pid))
+        finally:
+            child.kill()
+    assert process.argv == (PLAIN if believed else words)
+    assert process.environment == (("QEMU_X", "1"),)
 
 
 @pytest.mark.parametrize(

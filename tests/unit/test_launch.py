@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from qsnapd.errors import Blocked
+from qsnapd.model.plan import Launch
 from qsnapd.model.snapshot import FileIdentity, Machine, Process
-from qsnapd.vm.launch import LaunchPlan, MovedDisk, plan_launch
+from qsnapd.vm.launch import MovedDisk, Start, launch_of, read_command_line
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 TYPE = "pc-i440fx-7.2"
@@ -41,11 +42,12 @@ def plan(
     cwd: str = "/img",
     exe: str = QEMU,
     identify: Callable[[str], tuple[int, int] | None] = FILES.get,
-) -> LaunchPlan:
+) -> Launch:
     argv = ("qemu", *(words.split() if isinstance(words, str) else words))
     process = Process(exe=exe, argv=argv, cwd=cwd, uid=0, gid=0)
     machine = Machine(type=TYPE, ram_bytes=1 << 26, process=process)
-    return plan_launch(process, machine, disks, identify=identify)
+    line = read_command_line(process, machine, disks, identify=identify)
+    return launch_of(process, line, start=Start.LOAD, token="0", identify=identify)
 
 
 @pytest.mark.parametrize(

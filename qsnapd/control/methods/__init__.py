@@ -1,0 +1,56 @@
+"""The calls of interface io.qsnapd: one class per method, its fields the parameters.
+
+The docstrings of the classes are the comments of the interface text.
+"""
+
+from qsnapd.control.methods.base import Method
+from qsnapd.control.methods.jobs import (
+    AbortJob,
+    GetJob,
+    Subscribe,
+)
+from qsnapd.control.methods.restores import (
+    DescribeLaunch,
+    RevertSnapshot,
+    StartVm,
+)
+from qsnapd.control.methods.snapshots import (
+    CreateSnapshot,
+    GetCurrentSnapshot,
+    GetSnapshot,
+    ListSnapshots,
+)
+from qsnapd.control.methods.transfers import (
+    ExportSnapshot,
+    ImportSnapshot,
+)
+from qsnapd.control.methods.vms import (
+    GetVm,
+    ListDisks,
+    ListVms,
+    Resume,
+    Suspend,
+)
+
+METHODS: dict[str, type[Method]] = {
+    method.__name__: method
+    for method in (
+        ListVms,
+        GetVm,
+        ListDisks,
+        Suspend,
+        Resume,
+        CreateSnapshot,
+        RevertSnapshot,
+        DescribeLaunch,
+        StartVm,
+        ListSnapshots,
+        GetSnapshot,
+        GetCurrentSnapshot,
+        ExportSnapshot,
+        ImportSnapshot,
+        GetJob,
+        AbortJob,
+        Subscribe,
+    )
+}

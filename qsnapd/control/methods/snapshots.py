@@ -1,0 +1,80 @@
+"""Calls that take and show snapshots."""
+
+from qsnapd.control.authorization import Role
+from qsnapd.control.host import Host
+from qsnapd.control.methods.base import (
+    Method,
+    More,
+    ProgressReply,
+    all_snapshots,
+    follow,
+    one_snapshot,
+)
+from qsnapd.control.view import Snapshot
+from qsnapd.model.base import Frozen
+from qsnapd.model.names import SnapshotName, VmName
+from qsnapd.model.request import CreateRequest
+
+
+class SnapshotsReply(Frozen):
+    snapshots: tuple[Snapshot, ...]
+
+
+class SnapshotReply(Frozen):
+    snapshot: Snapshot
+
+
+class CurrentSnapshotReply(Frozen):
+    snapshot: Snapshot | None
+
+
+class CreateSnapshot(Method):
+    """Take a checkpoint: memory and disks of one instant.
+
+    Called with "more", replies hold the job until the last one, which holds the snapshot.
+    A client that leaves does not stop the job; AbortJob does. Requests that name files are
+    for root only.
+    """
+
+    role = Role.OPERATOR
+    vm: VmName
+    request: CreateRequest = CreateRequest()
+
+    def needed_role(self) -> Role:
+        # As root's helper, "create this file with that guest's memory in it" is root.
+        request = self.request
+        names_files = request.memory_file or any(disk.file for disk in request.disks)
+        return Role.ADMIN if names_files else self.role
+
+    async def answer(self, host: Host, more: More | None) -> ProgressReply:
+        return await follow(await host.create(self.vm, self.request), host, more)
+
+
+class ListSnapshots(Method):
+    """List a VM's snapshots, by time of creation."""
+
+    vm: VmName
+
+    async def answer(self, host: Host, more: More | None) -> SnapshotsReply:
+        snapshots = all_snapshots(host, self.vm)
+        return SnapshotsReply(snapshots=tuple(sorted(snapshots, key=lambda s: s.created_at)))
+
+
+class GetSnapshot(Method):
+    """Look at one snapshot."""
+
+    vm: VmName
+    name: SnapshotName
+
+    async def answer(self, host: Host, more: More | None) -> SnapshotReply:
+        return SnapshotReply(snapshot=one_snapshot(host, self.vm, self.name))
+
+
+class GetCurrentSnapshot(Method):
+    """Look at the snapshot the VM's present state descends from, if there is one."""
+
+    vm: VmName
+
+    async def answer(self, host: Host, more: More | None) -> CurrentSnapshotReply:
+        current = (snapshot for snapshot in all_snapshots(host, self.vm) if snapshot.current)
+        return CurrentSnapshotReply(snapshot=next(current, None))

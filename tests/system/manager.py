@@ -1,0 +1,204 @@
+"""A real systemd for tests: process 1 of namespaces of its own, ended with all it started.
+
+It sees this host's files, but has its own /run, /var/lib and cgroups, and units of ours only.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from tests.parts import PartMissing
+
+BOOT_LIMIT_S = 30.0
+COMMAND_LIMIT_S = 60.0
+END_LIMIT_S = 20.0
+
+TARGETS = ("sysinit.target", "basic.target", "shutdown.target", "multi-user.target")
+JOURNAL = {
+    "journald.socket": """
+        [Unit]
+        DefaultDependencies=no
+        [Socket]
+        ListenStream=/run/systemd/journal/stdout
+        ListenDatagram=/run/systemd/journal/socket
+        Service=journald.service
+        """,
+    "journald.service": """
+        [Unit]
+        DefaultDependencies=no
+        [Service]
+        Type=notify
+        ExecStart=/lib/systemd/systemd-journald
+        Sockets=journald.socket
+        StandardOutput=null
+        """,
+    "tests.target": """
+        [Unit]
+        DefaultDependencies=no
+        AllowIsolate=yes
+        Requires=journald.service
+        After=journald.service
+        """,
+}
+"""As little as a journal needs: Debian's own units want half of a booted system."""
+
+BOOT = """
+set -e
+umount -R /sys/fs/cgroup
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs "$folder"; done
+# what systemd sets up on a host it has to itself
+for folder in /etc /proc/sys; do mount --bind "$folder" "$folder"; mount -o remount,bind,ro "$folder"; done
+mkdir -p /run/systemd/system
+exec env -i container=tests PATH="$PATH" NOTIFY_SOCKET="$NOTIFY_SOCKET" \
+    SYSTEMD_UNIT_PATH="$UNITS:/run/systemd/transient" SYSTEMD_GENERATOR_PATH=/run/none \
+    SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/run/none \
+    /lib/systemd/systemd --system --unit=tests.target --log-target=console --show-status=no
+"""
+NAMESPACES = ("--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--cgroup", "--ipc")
+
+
+class Manager:
+    """A systemd while `open_manager` holds it."""
+
+    def __init__(self, folder: Path, pid: int) -> None:
+        self._units = folder / "units"
+        self._pid = pid
+
+    async def run(
+        self, *argv: str | Path, text: str = "", status: int | None = 0
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a program beside that systemd, with *text* as its input."""
+        enter = ["nsenter", f"--target={self._pid}", "--mount", "--pid", "--cgroup", "--ipc", "--"]
+        with trio.fail_after(COMMAND_LIMIT_S):
+            done = await trio.run_process(
+                [*enter, *map(str, argv)],
+                stdin=text.encode(),
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+        assert status in (None, done.returncode), (argv, done.stdout, done.stderr)
+        return done
+
+    async def systemctl(self, *words: str) -> str:
+        return (await self.run("systemctl", *words)).stdout.decode()
+
+    async def property(self, unit: str, name: str) -> str:
+        return (await self.systemctl("show", "--value", f"--property={name}", unit)).strip()
+
+    async def main_pid(self, unit: str) -> int:
+        """The unit's main process, as we know it; 0 if there is none."""
+        inner = int(await self.property(unit, "MainPID"))
+        return self.outer_pid(inner) if inner else 0
+
+    def outer_pid(self, inner: int) -> int:
+        """Our number for a process of the namespace."""
+        namespace = os.readlink(f"/proc/{self._pid}/ns/pid")
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with suppress(OSError):
+                lines = Path(f"/proc/{name}/status").read_text().splitlines()
+                [numbers] = [line.split() for line in lines if line.startswith("NSpid:")]
+                if numbers[-1] == str(inner) and os.readlink(f"/proc/{name}/ns/pid") == namespace:
+                    return int(name)
+        raise AssertionError(f"process {inner} has ended")
+
+    async def journal(self, unit: str) -> str:
+        """What systemd and the unit's processes have said of it."""
+        return (await self.run("journalctl", "--output=cat", f"--unit={unit}")).stdout.decode()
+
+    async def install(self, name: str, text: str) -> None:
+        """Add a unit, or change one."""
+        (self._units / name).write_text(_unindented(text))
+        await self.systemctl("daemon-reload")
+
+
+@asynccontextmanager
+async def open_manager() -> AsyncIterator[Manager]:
+    """Boot a systemd and hold it for the block; on exit nothing is left of what it started."""
+    if os.geteuid() != 0:
+        raise PartMissing("root (systemd needs namespaces and a cgroup of its own)")
+    folder = Path(tempfile.mkdtemp(prefix="sd"))
+    cgroup = _make_cgroup(folder.name)
+    try:
+        _write_units(folder / "units", JOURNAL)
+        (folder / "boot").write_text(BOOT)
+        notify = folder / "notify"
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+            await ready.bind(str(notify))
+            environment = os.environ | {"NOTIFY_SOCKET": str(notify), "UNITS": f"{folder}/units"}
+            script = f'echo $$ >"$0"/cgroup.procs; exec unshare {" ".join(NAMESPACES)} sh "$1"'
+            argv = ["sh", "-c", script, str(cgroup), str(folder / "boot")]
+            with (folder / "console").open("w+") as console:
+                async with trio.open_nursery() as nursery:
+                    start = partial(
+                        trio.run_process,
+                        argv,
+                        env=environment,
+                        check=False,
+                        stdout=console,
+                        stderr=console,
+                    )
+                    process: trio.Process = await nursery.start(start)
+                    try:
+                        with trio.fail_after(BOOT_LIMIT_S):
+                            while b"READY=1" not in await ready.recv(4096):
+                                pass
+                        yield Manager(folder, _only_child(process.pid))
+                    except trio.TooSlowError as late:
+                        late.add_note((folder / "console").read_text())
+                        raise
+                    finally:
+                        process.kill()  # and with it, by --kill-child, process 1 and so all
+                        with trio.fail_after(END_LIMIT_S, shield=True):
+                            await process.wait()
+    finally:
+        with trio.fail_after(END_LIMIT_S, shield=True):
+            await _remove_cgroup(cgroup)
+        shutil.rmtree(folder)
+
+
+def _write_units(folder: Path, units: Mapping[str, str]) -> None:
+    folder.mkdir()
+    for target in TARGETS:
+        (folder / target).write_text("[Unit]\nDefaultDependencies=no\n")
+    for name, text in units.items():
+        (folder / name).write_text(_unindented(text))
+
+
+def _unindented(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines()) + "\n"
+
+
+def _make_cgroup(name: str) -> Path:
+    """Make a cgroup below our own; systemd will take it for the root of all."""
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    [mount, *_] = [fields[4] for fields in mounts if "cgroup2" in fields[fields.index("-") :]]
+    groups = Path("/proc/self/cgroup").read_text().splitlines()
+    [ours] = [line.removeprefix("0::") for line in groups if line.startswith("0::")]
+    cgroup = Path(mount) / ours.lstrip("/") / f"qsnapd-{name}"
+    cgroup.mkdir()
+    return cgroup
+
+
+async def _remove_cgroup(cgroup: Path) -> None:
+    for path in sorted(cgroup.glob("**/"), reverse=True):
+        while True:
+            try:
+                path.rmdir()
+                break
+            except OSError:  # a process in it has ended, and is not yet reaped
+                await trio.sleep(0.01)
+
+
+def _only_child(pid: int) -> int:
+    [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
