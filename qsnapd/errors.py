@@ -5,7 +5,7 @@ QsnapError
 ├── RequestError             the caller asked for something that cannot be
 │   ├── BadRequest           the request itself is malformed
 │   ├── ConfigError          the configuration file cannot be used
-│   ├── UnknownVm  UnknownSnapshot  SnapshotExists
+│   ├── UnknownVm  UnknownSnapshot  SnapshotExists  VmExists
 │   ├── VmBusy               another job changes this VM
 │   ├── WrongState           the VM's state forbids it
 │   ├── Blocked              QEMU or a device refuses to be checkpointed
@@ -83,6 +83,10 @@ class UnknownSnapshot(RequestError):
 
 class SnapshotExists(RequestError):
     code = "snapshot-exists"
+
+
+class VmExists(RequestError):
+    code = "vm-exists"
 
 
 class VmBusy(RequestError):

@@ -70,6 +70,8 @@ class Vm:
         """The images the VM was started with, in the order of the request."""
         self.qmp = folder / "qmp"
         """The monitor for qsnapd."""
+        self.monitor_log = folder / "qmp.log"
+        """If asked for: what the QEMU that runs now has said on `qmp`."""
         self.serial_log = folder / "serial"
 
     @property
@@ -205,6 +207,7 @@ async def open_vm(
     memory_mib: int = 128,
     extra: Sequence[str] = (),
     accel: str = "tcg",
+    log_monitor: bool = False,
 ) -> AsyncIterator[Vm]:
     """Start a VM and hold it for the block; it is running and its sockets listen.
 
@@ -217,6 +220,7 @@ async def open_vm(
         for disk, image in zip(disks, images, strict=True):
             create = [qemu.img, "create", "-q", "-f", disk.format, image, f"{disk.size_mib}M"]
             await trio.run_process([str(word) for word in create])
+        log = f",logfile={folder}/qmp.log" if log_monitor else ""
         argv = (
             *(str(qemu.system), "-nodefaults", "-no-user-config", "-display", "none"),
             *machine_arguments(
@@ -227,7 +231,7 @@ async def open_vm(
                 firmware=microvm_firmware() if machine == "microvm" else None,
             ),
             *("-accel", accel),
-            *("-chardev", f"socket,id=qmp,path={folder}/qmp,server=on,wait=off"),
+            *("-chardev", f"socket,id=qmp,path={folder}/qmp,server=on,wait=off{log}"),
             *("-mon", "chardev=qmp,mode=control"),
             *("-chardev", f"socket,id=qmp2,path={folder}/qmp2,server=on,wait=off"),
             *("-mon", "chardev=qmp2,mode=control"),

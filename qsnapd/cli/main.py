@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 
 import qsnapd
-from qsnapd.cli import events, jobs, launches, restores, snapshots, transfer, vms
+from qsnapd.cli import events, jobs, launches, restores, snapshots, transfer, verify, vms
 from qsnapd.cli.arguments import Cli
 from qsnapd.errors import QsnapError
 
@@ -39,7 +39,7 @@ def qsnapctl(context: click.Context, socket: str, as_json: bool) -> None:
     context.obj = Cli(socket=socket, json=as_json)
 
 
-for module in (vms, snapshots, restores, launches, jobs, events, transfer):
+for module in (vms, snapshots, restores, launches, jobs, events, transfer, verify):
     module.add_to(qsnapctl)
 
 

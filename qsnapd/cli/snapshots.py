@@ -28,7 +28,9 @@ def add_to(group: click.Group) -> None:
         multiple=True,
         help="Leave a disk out, or say where its overlay goes. Repeatable.",
     )
-    @click.option("--hash", "hashed", is_flag=True, help="Record the memory image's SHA-256.")
+    @click.option(
+        "--hash/--no-hash", "hashed", default=True, help="Record the memory image's SHA-256."
+    )
     @click.option("--timeout", metavar="S", type=_POSITIVE, help="Time limit of a precopy.")
     @click.option(
         "--max-size", metavar="BYTES", type=click.IntRange(min=1), help="Size limit of a precopy."

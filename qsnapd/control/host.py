@@ -12,6 +12,7 @@ from qsnapd.model.launch import LaunchInfo
 from qsnapd.model.request import CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, TransferProgress
+from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 
 
@@ -113,6 +114,13 @@ class Host(Protocol):
 
         Returns its name, and what may be in the way of a restore on this host.
         On failure or cancellation: as if never asked. Raises: RequestError, StoreError.
+        """
+
+    async def verify(self, name: str, snapshot: str, *, deep: bool) -> Verification:
+        """Look whether a snapshot is sound; *deep*: also load it into a QEMU that never runs.
+
+        The VM is not touched. Cancellation: at any time; nothing is left.
+        Raises: UnknownSnapshot, StoreError. VmBusy: a deep one of this VM is under way.
         """
 
     def snapshots(self, name: str) -> tuple[Manifest, ...]: ...

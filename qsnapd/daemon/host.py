@@ -4,37 +4,46 @@ Implements `control.host.Host`; decides nothing.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import trio
 
 from qsnapd.daemon.events import EventHub
+from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.errors import Effect, UnknownVm, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo, JobKind, Phase
 from qsnapd.model.launch import LaunchInfo
-from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.state import State
 from qsnapd.model.transfer import Export, ExportRequest, ImportRequest
+from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 from qsnapd.snapshot.boot import boot
+from qsnapd.snapshot.clone import Clone
+from qsnapd.snapshot.clone_plan import plan_clone
 from qsnapd.snapshot.create import Checkpoint
 from qsnapd.snapshot.export import export_snapshot
 from qsnapd.snapshot.imported import import_snapshot, notes
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.meter import Tell
+from qsnapd.snapshot.rehearsal import only_one
+from qsnapd.snapshot.preflight import preflight
 from qsnapd.snapshot.revert import Revert
 from qsnapd.snapshot.revert_plan import describe_launch
+from qsnapd.snapshot.verify import verify_snapshot
 from qsnapd.vm.disks import read_disks
 
 _SNAPSHOT_EVENTS = {
     (JobKind.CREATE, Phase.DONE): "created",
     (JobKind.REVERT, Phase.DONE): "reverted",
+    (JobKind.CLONE, Phase.DONE): "cloned",
 }
 
 
@@ -43,30 +52,24 @@ class LocalHost:
 
     def __init__(
         self,
-        supervisors: Mapping[str, Supervisor],
+        fleet: Fleet,
         events: EventHub,
         jobs: trio.Nursery,
         *,
         qemu_img: str,
     ) -> None:
-        self._supervisors = supervisors
+        self._fleet = fleet
         self._events = events
         self._jobs = jobs
         self._qemu_img = qemu_img
         self._numbers = count(1)
-
-    def _find(self, name: str) -> Supervisor:
-        try:
-            return self._supervisors[name]
-        except KeyError:
-            known = ", ".join(sorted(self._supervisors)) or "none"
-            raise UnknownVm(f"there is no VM {name!r} here; the config file has: {known}") from None
+        self._rehearsals = set[str]()
 
     def vms(self) -> tuple[VmInfo, ...]:
-        return tuple(self.vm(name) for name in sorted(self._supervisors))
+        return tuple(self.vm(name) for name in sorted(self._fleet))
 
     def vm(self, name: str) -> VmInfo:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         condition = supervisor.tracker.condition
         vm = supervisor.attached
         return VmInfo(
@@ -89,11 +92,11 @@ class LocalHost:
         )
 
     async def disks(self, name: str) -> tuple[DiskInfo, ...]:
-        vm = self._find(name).require_attached()
+        vm = self._fleet.find(name).require_attached()
         return tuple(disk.info() for disk in await read_disks(vm.session, vm.identity.pid))
 
     async def suspend(self, name: str) -> None:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         vm = supervisor.require_attached()
         if supervisor.tracker.condition.state not in (State.RUNNING, State.PAUSED):
             raise WrongState(
@@ -102,7 +105,7 @@ class LocalHost:
         await vm.suspend()
 
     async def resume(self, name: str) -> None:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         vm = supervisor.require_attached()
         if supervisor.tracker.condition.state in (State.SHUTDOWN, State.CRASHED):
             raise WrongState(
@@ -111,7 +114,7 @@ class LocalHost:
         await vm.resume()
 
     async def create(self, name: str, request: CreateRequest) -> Job:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         vm = supervisor.require_attached()
         job = self._new_job(name, JobKind.CREATE, request.name)
         supervisor.claim(job)
@@ -120,7 +123,7 @@ class LocalHost:
         return job
 
     async def revert(self, name: str, request: RevertRequest) -> Job:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         supervisor.store.manifest(request.name)  # refuses an unknown one at once
         job = self._new_job(name, JobKind.REVERT, request.name)
         supervisor.claim(job)
@@ -128,15 +131,42 @@ class LocalHost:
         self._start(supervisor, job, lambda: revert.run(request))
         return job
 
+    async def clone(self, name: str, request: CloneRequest) -> Job:
+        source = self._fleet.find(name)
+        manifest = source.store.manifest(request.name)
+        with self._fleet.reserved(request.clone):
+            found = await preflight(manifest, qemu_img=self._qemu_img, force=request.force)
+            directory = self._fleet.directory(request.clone)
+            planned = partial(plan_clone, qmp_from=source.qmp, directory=directory)
+            plan = await trio.to_thread.run_sync(planned, manifest, request)
+            supervisor = self._fleet.add_clone(name, request.clone, Path(plan.qmp))
+        job = self._new_job(request.clone, JobKind.CLONE, request.name)
+        supervisor.claim(job)
+        clone = Clone(supervisor, job, source.store, qemu_img=self._qemu_img)
+
+        async def make() -> Manifest:
+            try:
+                return await clone.run(plan, notes=found.notes)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._fleet.drop_unless_registered(request.clone)
+                raise
+
+        self._start(supervisor, job, make)
+        return job
+
+    async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
+        return await self._fleet.undefine(name, remove_storage=remove_storage)
+
     async def start(self, name: str) -> Job:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         job = self._new_job(name, JobKind.START, supervisor.store.current())
         supervisor.claim(job)
         self._start(supervisor, job, lambda: boot(supervisor, job))
         return job
 
     async def launch(self, name: str, request: RevertRequest) -> LaunchInfo:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         manifest = supervisor.store.manifest(request.name)
         return await trio.to_thread.run_sync(
             describe_launch, manifest, request, supervisor.launcher
@@ -145,7 +175,7 @@ class LocalHost:
     async def export(
         self, name: str, request: ExportRequest, descriptor: int | None, tell: Tell
     ) -> Export:
-        store, qemu_img = self._find(name).store, self._qemu_img
+        store, qemu_img = self._fleet.find(name).store, self._qemu_img
         return await export_snapshot(
             store, request, qemu_img=qemu_img, descriptor=descriptor, tell=tell
         )
@@ -153,7 +183,7 @@ class LocalHost:
     async def take_in(
         self, name: str, request: ImportRequest, descriptor: int | None, tell: Tell
     ) -> tuple[str, tuple[str, ...]]:
-        supervisor = self._find(name)
+        supervisor = self._fleet.find(name)
         manifest = await import_snapshot(
             supervisor.store, request, descriptor=descriptor, tell=tell
         )
@@ -167,6 +197,14 @@ class LocalHost:
             )
         )
         return manifest.name, await trio.to_thread.run_sync(notes, manifest, supervisor.qmp)
+
+    async def verify(self, name: str, snapshot: str, *, deep: bool) -> Verification:
+        store = self._fleet.find(name).store
+        manifest = store.manifest(snapshot)
+        with only_one(self._rehearsals, name) if deep else nullcontext():
+            return await verify_snapshot(
+                manifest, deep=deep, directory=store.directory, qemu_img=self._qemu_img
+            )
 
     def _new_job(self, vm: str, kind: JobKind, snapshot: str | None) -> Job:
         return Job(next(self._numbers), vm, kind, snapshot, self._publish_job)
@@ -199,27 +237,27 @@ class LocalHost:
             self._events.publish(publish(kind=EventKind.SNAPSHOT, event=event, detail=detail))
 
     def job(self, name: str) -> JobInfo | None:
-        job = self._find(name).job
+        job = self._fleet.find(name).job
         return job.info() if job else None
 
     def last_job(self, name: str) -> JobInfo | None:
-        job = self._find(name).last_job
+        job = self._fleet.find(name).last_job
         return job.info() if job else None
 
     def abort(self, name: str) -> None:
-        job = self._find(name).job
+        job = self._fleet.find(name).job
         if job is None:
             raise WrongState(f"no job is running on VM {name}")
         job.cancel()
 
     def snapshots(self, name: str) -> tuple[Manifest, ...]:
-        return tuple(self._find(name).store.snapshots().values())
+        return tuple(self._fleet.find(name).store.snapshots().values())
 
     def snapshot(self, name: str, snapshot: str) -> Manifest:
-        return self._find(name).store.manifest(snapshot)
+        return self._fleet.find(name).store.manifest(snapshot)
 
     def current(self, name: str) -> str | None:
-        return self._find(name).store.current()
+        return self._fleet.find(name).store.current()
 
     def subscribe(self) -> AbstractContextManager[trio.MemoryReceiveChannel[Event]]:
         return self._events.subscribe()

@@ -10,11 +10,11 @@ import trio
 from qsnapd.config import Config, VmConfig
 from qsnapd.daemon.remembered import recall
 from qsnapd.errors import QsnapError
-from qsnapd.model.plan import CheckpointPlan
+from qsnapd.model.plan import CheckpointPlan, Restore, RevertPlan
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
-from qsnapd.snapshot.undo import give_back_run_state, settle_migration
+from qsnapd.snapshot.undo import settle_migration
 from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import learn
@@ -45,12 +45,14 @@ async def reconcile(config: Config) -> int:
 
 
 async def _resume(name: str, config: VmConfig, store: VmStore) -> None:
-    entry = await trio.to_thread.run_sync(store.journal.read)
-    if entry is None or not isinstance(entry.plan, CheckpointPlan) or not entry.plan.was_running:
+    checkpoint = await trio.to_thread.run_sync(store.journal.read)
+    revert = await trio.to_thread.run_sync(store.restoring.read)
+    held = next((e for e in (checkpoint, revert) if e is not None and _ran(e.plan)), None)
+    if held is None:
         return
     async with open_bridge(config.qmp, name=name) as (bridge, sock):
         identity = await trio.to_thread.run_sync(peer_of, sock)
-        if (identity.pid, identity.start_time_ticks) != (entry.pid, entry.start_time_ticks):
+        if (identity.pid, identity.start_time_ticks) != (held.pid, held.start_time_ticks):
             return
         process = await trio.to_thread.run_sync(read_process, identity)
         tracker = Tracker(lambda old, new: None)
@@ -60,7 +62,13 @@ async def _resume(name: str, config: VmConfig, store: VmStore) -> None:
         status = await session.execute(QueryStatus())
         tracker.on_attached(status.status, recall(store, identity))
         if not status.running:
-            if entry.plan.name not in store.snapshots():
-                await settle_migration(session, entry.plan)
-            await give_back_run_state(vm, entry.plan)
-            _log.warning("VM %s: resumed after an unfinished snapshot", name)
+            plan = held.plan
+            if isinstance(plan, CheckpointPlan) and plan.name not in store.snapshots():
+                await settle_migration(session, plan)
+            if tracker.is_to_run(ran_before=True):
+                await vm.ensure_running()
+            _log.warning("VM %s: resumed after an unfinished job on %s", name, plan.name)
+
+
+def _ran(plan: CheckpointPlan | Restore) -> bool:
+    return isinstance(plan, CheckpointPlan | RevertPlan) and plan.was_running

@@ -18,9 +18,11 @@ from qsnapd.control.authorization import Access
 from qsnapd.control.listening import open_listener
 from qsnapd.control.server import Server
 from qsnapd.daemon.events import EventHub
+from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.host import LocalHost
-from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.daemon.launchers import launcher_for, launcher_for_clone
 from qsnapd.store.layout import Store
+from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.spawn import Spawn
 
 DRAIN_LIMIT_S = 20.0
@@ -41,24 +43,26 @@ async def serve(config: Config) -> None:
     access = Access.of_groups(operator=settings.operator_group, reader=settings.reader_group)
     events = EventHub()
     with Store(settings.state_dir) as store:
-        supervisors = {
-            name: Supervisor(
-                *(name, vm.qmp, store.vm(name), events.publish),
-                qemu_img=settings.qemu_img,
-                launcher=Spawn(),
-            )
-            for name, vm in config.vm.items()
-        }
         async with trio.open_nursery() as watching:
-            for supervisor in supervisors.values():
-                watching.start_soon(supervisor.run, name=f"supervise {supervisor.name}")
+            fleet = Fleet(
+                *(store, events.publish, watching),
+                qemu_img=settings.qemu_img,
+                clone_launcher=partial(_clone_launcher, config),
+            )
+            for name, vm in config.vm.items():
+                fleet.add(name, vm.qmp, launcher_for(name, config), configured=True)
+            await fleet.open_clones()
             async with trio.open_nursery() as talking:
                 async with trio.open_nursery() as jobs:
-                    host = LocalHost(supervisors, events, jobs, qemu_img=settings.qemu_img)
+                    host = LocalHost(fleet, events, jobs, qemu_img=settings.qemu_img)
                     await _accept_until_told(config, Server(host, access), access, talking)
                     jobs.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
                 talking.cancel_scope.deadline = trio.current_time() + LAST_WORDS_LIMIT_S
             watching.cancel_scope.cancel()
+
+
+def _clone_launcher(config: Config, source: str, clone: str) -> Launcher:
+    return launcher_for_clone(source, clone, config) if source in config.vm else Spawn()
 
 
 async def _accept_until_told(

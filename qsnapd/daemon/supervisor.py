@@ -15,7 +15,6 @@ from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.remembered import recall, remember
 from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
 from qsnapd.model.event import Event, EventKind
-from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
@@ -31,6 +30,8 @@ from qsnapd.vm.tracker import Tracker
 
 RETRY_FIRST_S = 0.1
 RETRY_LONGEST_S = 5.0
+RETRY_STARTING_S = 0.01
+"""While a job of ours starts QEMU, and its guest stands still for as long as we wait."""
 EXIT_PATIENCE_S = 2.0
 """How long after losing the monitor the process may take to end."""
 
@@ -79,8 +80,8 @@ class Supervisor:
             while True:
                 was_attached = await self._attach_once()
                 delay_s = RETRY_FIRST_S if was_attached else min(2 * delay_s, RETRY_LONGEST_S)
-                if self.job is not None and self.job.kind is JobKind.REVERT:
-                    delay_s = RETRY_FIRST_S
+                if self.starting is not None:
+                    delay_s = RETRY_STARTING_S
                 with trio.move_on_after(delay_s):
                     await self._hurry.wait()
 

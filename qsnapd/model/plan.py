@@ -178,6 +178,12 @@ class ClonePlan(Restore):
     kind: Literal["clone"] = "clone"
     source: VmName
     qmp: AbsolutePath
+    files: tuple[AbsolutePath, ...] = ()
+    """What its QEMU makes when it starts, under names that nobody had: sockets, logs."""
+    pipes: tuple[AbsolutePath, ...] = ()
+    """FIFOs that have to be there before."""
+    notes: tuple[str, ...] = ()
+    """What differs from the original, and what they share."""
 
 
 class JournalEntry(Frozen):

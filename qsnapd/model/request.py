@@ -42,7 +42,7 @@ class CreateRequest(Frozen):
     image_format: ImageFormat | None = None
     memory_file: AbsolutePath | None = None
     disks: tuple[DiskRequest, ...] = ()
-    hash_memory: bool = False
+    hash_memory: bool = True
     """Record a SHA-256 of the memory image: about a second of CPU per GiB, the guest running."""
     precopy_limit_s: PositiveFloat = 60.0
     precopy_limit_bytes: PositiveInt | None = None
@@ -95,6 +95,9 @@ class CloneRequest(RestoreRequest):
     qmp: AbsolutePath | None = None
     """Where its monitor listens; by default beside the original's, named after the clone."""
     mac: Identity = Identity.NEW
-    """NEW takes effect when the guest next resets its network cards: what is in the memory
-    image, and so what the guest uses until then, is the original's."""
+    """NEW: once the guest has been reset. Until then it has what is in the memory image."""
     uuid: Identity = Identity.NEW
+    """The same."""
+    substitutes: dict[str, str] = Field(default_factory=dict, max_length=64)
+    """What the clone uses in place of host's names that only one VM can have and qsnapd cannot
+    make up: of network interfaces, devices, sockets of other programs, ports."""

@@ -7,7 +7,8 @@ have two: it was being put back to a snapshot, and its present state being kept 
 import trio
 
 from qsnapd.errors import Effect, SessionLost, StoreError
-from qsnapd.model.plan import CheckpointPlan, JournalEntry, Restore, RevertPlan
+from qsnapd.model.plan import CheckpointPlan, ClonePlan, JournalEntry, Restore, RevertPlan
+from qsnapd.snapshot.clone import finish_clone, settle_clone
 from qsnapd.snapshot.create import settle_committed
 from qsnapd.snapshot.merge import merge_offline
 from qsnapd.snapshot.revert import finish_revert, undo_revert
@@ -28,7 +29,11 @@ async def recover(
     Raises: what `put_back` raises; the journal then stands for the next attempt. SessionLost:
       the QEMU had not loaded its memory, and was ended: `Revert.go_on` starts another.
     """
-    done = (await _recover_checkpoint(vm, store, qemu_img), await _recover_revert(vm, store))
+    done = (
+        await _recover_checkpoint(vm, store, qemu_img),
+        await _recover_revert(vm, store),
+        await _recover_clone(vm, store),
+    )
     if done[1]:
         await launcher.abandon()
     return "; ".join(words for words in done if words) or None
@@ -41,7 +46,11 @@ async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
     images below, because that is where the VM is started from again. A revert that has
     come past its point of no return is left for `Revert.go_on`.
     """
-    done = (await _recover_dead_checkpoint(store, qemu_img), await _recover_dead_revert(store))
+    done = (
+        await _recover_dead_checkpoint(store, qemu_img),
+        await _recover_dead_revert(store),
+        await _recover_clone(None, store),
+    )
     return "; ".join(words for words in done if words) or None
 
 
@@ -123,6 +132,23 @@ async def _recover_revert(vm: AttachedVm, store: VmStore) -> str | None:
         return f"undid an unfinished revert to {plan.name}; the VM had not been touched"
     await _drop(entry, store)
     return f"undid an unfinished revert to {plan.name}; somebody else has started the VM since"
+
+
+async def _recover_clone(vm: AttachedVm | None, store: VmStore) -> str | None:
+    """A clone was registered, and its daemon died before its guest was told to go on.
+
+    One that was not registered is undone before anybody looks for its QEMU (`undo_clone`).
+    """
+    entry = await trio.to_thread.run_sync(store.restoring.read)
+    if entry is None or not isinstance(plan := entry.plan, ClonePlan):
+        return None
+    if vm is None or not await trio.to_thread.run_sync(
+        runs_by, plan, entry.made, vm.identity.pid
+    ):
+        await settle_clone(plan, store)
+        return None
+    await finish_clone(vm, plan, store)
+    return f"finished cloning {plan.source} at {plan.name}, which a former daemon had begun"
 
 
 async def _runs(plan: Restore, entry: JournalEntry, vm: AttachedVm) -> bool:

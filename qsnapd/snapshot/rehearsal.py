@@ -7,14 +7,14 @@ only. Whatever happens, even to this process, neither it nor any file is left.
 
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic
 
 import trio
 
-from qsnapd.errors import StoreError, VmError
+from qsnapd.errors import StoreError, VmBusy, VmError
 from qsnapd.model.job import Progress
 from qsnapd.model.plan import Loading, OverlayPlan
 from qsnapd.model.snapshot import Manifest
@@ -73,6 +73,24 @@ async def rehearse(manifest: Manifest, *, directory: Path, qemu_img: str) -> str
             raise VmError(f"it was not loaded within {REHEARSAL_LIMIT_S:g} s") from None
     took_ms = (monotonic() - began_s) * 1000
     return f"QEMU {version.text} has started and loaded it in {took_ms:.0f} ms"
+
+
+@contextmanager
+def only_one(under_way: set[str], vm: str) -> Iterator[None]:
+    """For the block, *vm* is in *under_way*: each takes as much memory as the VM.
+
+    Raises: VmBusy: it is in there already.
+    """
+    if vm in under_way:
+        raise VmBusy(
+            f"a snapshot of VM {vm} is being loaded to verify it; one at a time: try again later, "
+            "or verify without loading"
+        )
+    under_way.add(vm)
+    try:
+        yield
+    finally:
+        under_way.discard(vm)
 
 
 class _Disks:

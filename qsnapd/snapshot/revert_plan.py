@@ -20,7 +20,7 @@ from qsnapd.vm.kept_ram import kept_ram_files
 from qsnapd.vm.launch import CommandLine, MovedDisk, Start, launch_of, read_command_line
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.ram_options import CannotMap, map_ram
-from qsnapd.vm.readable import User, require_readable
+from qsnapd.vm.readable import require_readable
 
 VIEW_SUFFIX = ".view"
 
@@ -193,7 +193,7 @@ def _map(
     finally:
         os.close(descriptor)
     process = manifest.machine.process
-    require_readable(image, User(process.uid, process.gid, process.groups))
+    require_readable(image, manifest.machine.process)
     found = map_ram(line.options, image, layout, manifest.machine)
     return line.changed(found.options), tuple(found.blocks)
 

@@ -20,6 +20,8 @@ from qsnapd.image.files import sync_directory
 from qsnapd.model.names import check_name
 from qsnapd.store.snapshots import VmStore
 
+_TELLING = (".restoring.json", ".vm.json")
+
 
 class Store:
     """Everything under one state directory. Owned by the daemon, for as long as it runs.
@@ -66,6 +68,44 @@ class Store:
                 make_directory(directory)
             self._vms[name] = VmStore(name, directory)
         return self._vms[name]
+
+    def names(self) -> tuple[str, ...]:
+        """All VMs of which there is a part, also those that no daemon looks after any more.
+
+        Raises: StoreError.
+        """
+        with _naming(f"cannot read the state directory {self.state_dir}"):
+            entries = [e.name for e in os.scandir(self.state_dir) if e.is_dir()]
+        return tuple(sorted(name for name in entries if not name.startswith(".")))
+
+    def is_used(self, name: str) -> bool:
+        """Whether anything is kept of a VM *name*. Raises: StoreError."""
+        directory = self.state_dir / check_name(name)
+        with _naming(f"cannot read {directory}"):
+            try:
+                return any(os.scandir(directory))
+            except FileNotFoundError:
+                return False
+
+    def forget(self, name: str) -> None:
+        """Remove the part of a VM without snapshots; may be called again after a crash.
+
+        Preconditions: nobody uses the `VmStore` any more.
+        On success: no trace of it is left. What tells what the rest is for goes last.
+        Raises: StoreError: there are snapshots, or it cannot be removed.
+        """
+        directory = self.state_dir / check_name(name)
+        with _naming(f"cannot remove {directory}"):
+            if not directory.exists():
+                return
+            entries = sorted(directory.iterdir(), key=lambda path: path.name in _TELLING)
+            if any(entry.is_dir() for entry in entries):
+                raise StoreError(f"{directory} holds snapshots: it is not removed")
+            for entry in entries:
+                entry.unlink()
+            directory.rmdir()
+            sync_directory(self.state_dir)
+        self._vms.pop(name, None)
 
 
 def make_directory(path: Path) -> None:

@@ -5,7 +5,9 @@ so that groups, ACLs, read-only mounts and folders on the way all count.
 """
 
 import ctypes
+import errno
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ class Want:
 
     path: str
     mode: int
-    """READ, WRITE and SEARCH (or execute), or-ed; 0: that it is there."""
+    """READ, WRITE and SEARCH (or execute), or-ed; without SEARCH it must not be a folder."""
 
 
 def refusals(process: Process, wants: Sequence[Want]) -> list[str | None]:
@@ -59,9 +61,11 @@ def refusals(process: Process, wants: Sequence[Want]) -> list[str | None]:
 
 def _refusal(want: Want) -> str | None:
     try:
-        os.stat(want.path)
+        status = os.stat(want.path)
     except OSError as exc:
         return exc.strerror
+    if stat.S_ISDIR(status.st_mode) and not want.mode & SEARCH:
+        return os.strerror(errno.EISDIR)
     if not os.access(want.path, want.mode, effective_ids=True):
         return "Permission denied"
     return None

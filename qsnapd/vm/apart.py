@@ -31,6 +31,8 @@ class Apart:
     """Absolute path of the monitor that is qsnapd's."""
     renamed: dict[str, str]
     """Absolute paths of files and sockets that QEMU makes: the original's to the clone's."""
+    made: tuple[str, ...]
+    """Those of the clone's that nobody had before, because they were made up here."""
     pipes: tuple[str, ...]
     """FIFOs that must be there before QEMU starts."""
     notes: tuple[str, ...]
@@ -51,6 +53,7 @@ def set_apart(
     substitutes: Mapping[str, str] | None = None,
     is_taken: Callable[[str], bool] = os.path.lexists,
     is_folder: Callable[[str], bool] = os.path.isdir,
+    real: Callable[[str], str] = os.path.realpath,
 ) -> Apart:
     """Make of the command line of a VM that of its copy *clone*, to run beside it.
 
@@ -62,11 +65,14 @@ def set_apart(
     Raises: Blocked: something cannot be had twice; says which option, and what to do.
     """
     given = dict(substitutes or {})
+    made = () if qmp_to else (_monitor_beside(qmp_from, clone, is_taken),)
     qmp_to = qmp_to or _monitor_beside(qmp_from, clone, is_taken)
     given[qmp_from] = fitting(qmp_to, "the monitor")
 
     def transform(avoid: Collection[str]) -> tuple[list[Option], Wishes]:
-        names = OwnNames(clone, cwd=cwd, substitutes=given, avoid=avoid, is_taken=is_taken)
+        names = OwnNames(
+            clone, cwd=cwd, substitutes=given, avoid=avoid, is_taken=is_taken, real=real
+        )
         wishes = Wishes(names, clone, seed, mac, uuid, is_folder)
         return _transformed(options, wishes), wishes
 
@@ -76,7 +82,7 @@ def set_apart(
     _, first = transform(())
     changed, wishes = transform(first.names.files.keys())
     if qmp_from not in wishes.names.used:
-        # It was a link to the monitor, or is a monitor of a -readconfig of old.
+        # e.g. it was passed as a descriptor, and left out since
         changed.append(Option("qmp", f"unix:{escaped(qmp_to)},server=on,wait=off"))
         wishes.names.files[qmp_from] = qmp_to
     if unused := sorted(given.keys() - wishes.names.used - {qmp_from}):
@@ -88,6 +94,7 @@ def set_apart(
         options=tuple(changed),
         qmp=qmp_to,
         renamed=wishes.names.files,
+        made=tuple(sorted({*wishes.names.found, *made})),
         pipes=tuple(wishes.pipes),
         notes=tuple(dict.fromkeys(wishes.notes)),
     )

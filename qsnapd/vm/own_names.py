@@ -41,14 +41,18 @@ class OwnNames:
         substitutes: Mapping[str, str],
         avoid: Collection[str],
         is_taken: Callable[[str], bool],
+        real: Callable[[str], str],
     ) -> None:
         self.files: dict[str, str] = {}
         """Absolute paths, old to new, of what QEMU makes when it starts or runs."""
+        self.found: set[str] = set()
+        """Those of the new ones that were made up here: they were free."""
         self.used: set[str] = set()
         """Which of the substitutes there was a use for."""
         self._name = name
         self._cwd = cwd
         self._substitutes = substitutes
+        self._real = real
         self._avoid = avoid
         self._is_taken = is_taken
 
@@ -57,22 +61,26 @@ class OwnNames:
 
     def substitute(self, old: str) -> str | None:
         """What is to stand for *old*, if that was said."""
-        new = self._substitutes.get(old)
-        if new is not None:
-            self.used.add(old)
-        return new
+        for name, new in self._substitutes.items():
+            # Two ways to one file: /var/run often is a link to /run.
+            paths = "/" in old and "/" in name
+            if name == old or (paths and self._real(self.absolute(old)) == self._real(name)):
+                self.used.add(name)
+                return new
+        return None
 
     def file(self, path: str) -> str:
         """The other VM's name for a file that QEMU writes; device nodes stay."""
         old = self.absolute(path)
         if old.startswith("/dev/") and not old.startswith(("/dev/shm/", "/dev/hugepages/")):
             return path
-        new = self.substitute(path) or self.substitute(old)
+        new = self.substitute(old)
         if new is not None:
             self.files[old] = self.absolute(new)
             return new
-        self.files[old] = self.files.get(old) or self._free(old)
-        own = self.files[old]
+        own = self.files.get(old) or self._free(old)
+        self.files[old] = own
+        self.found.add(own)
         return own if os.path.isabs(path) else os.path.relpath(own, self._cwd)
 
     def socket(self, path: str, what: object) -> str:

@@ -8,6 +8,7 @@ image can still be loaded whole.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from qsnapd.errors import Blocked
 from qsnapd.image.mapped_ram import Layout, MappedBlock
@@ -20,8 +21,10 @@ _CANONICAL = "x-use-canonical-path-for-ramblock-id"
 """Whether QEMU names a block by "/objects/ID", not by the backend's id alone."""
 _KEPT = ("qom-type", "id", "size", "merge", "dump", "reserve")
 """Properties of any backend; the others say where its memory comes from."""
-_SIZE = re.compile(r"(\d+)([BKMGTPE]?)", re.IGNORECASE)
-_SHIFTS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
+_DEFAULT_BYTES = 128 << 20
+"""What a machine has without -m."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGTPE]?)", re.IGNORECASE)
+_SHIFTS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
 _SHARERS = ("vhost-user", "vfio-user", "ivshmem")
 """Devices whose other half is another process that writes to the guest's RAM."""
@@ -54,7 +57,7 @@ def map_ram(options: Sequence[Option], image: str, layout: Layout, machine: Mach
     backends = {str(b.fields.get("id")): b for b in _backends(options)}
     named = _named_backends(options)
     if not named:
-        block = _default_block(layout, machine)
+        block = _default_block(options, layout, machine)
         if block.id in backends:
             raise CannotMap(f"an -object is called {block.id!r}, which is what the RAM is called")
         fields = Fields({"qom-type": "", "id": block.id})
@@ -145,15 +148,25 @@ def _named_backends(options: Sequence[Option]) -> list[str]:
     return []
 
 
-def _default_block(layout: Layout, machine: Machine) -> MappedBlock:
+def _default_block(options: Sequence[Option], layout: Layout, machine: Machine) -> MappedBlock:
     for block in layout.blocks:
         if block.id in _DEFAULT_IDS:
-            _require_size(f"machine {machine.type}", machine.ram_bytes, block)
+            _require_size(f"-m {_memory_option(options)}", _memory_option(options), "M", block)
             return block
     raise CannotMap(
         f"qsnapd does not know what QEMU calls the RAM of machine {machine.type}: the image has "
         f"{', '.join(block.id for block in layout.blocks)}"
     )
+
+
+def _memory_option(options: Sequence[Option]) -> object:
+    """The size that -m gives; several -m are as one."""
+    for option in reversed(options):
+        if option.name == "m":
+            fields = Fields.parse(option.value or "", first_key="size")
+            if "size" in fields:
+                return fields["size"]
+    return _DEFAULT_BYTES
 
 
 def _block_of(id_: str, layout: Layout) -> MappedBlock:
@@ -163,11 +176,10 @@ def _block_of(id_: str, layout: Layout) -> MappedBlock:
     raise CannotMap(f"the image has no block of the memory backend {id_!r}")
 
 
-def _require_size(owner: str, size_bytes: int | None, block: MappedBlock) -> None:
-    if size_bytes != block.size_bytes:
-        raise CannotMap(
-            f"{owner} has {size_bytes} bytes of RAM, and the image {block.size_bytes} bytes of it"
-        )
+def _require_size(owner: str, size: object, unit: str, block: MappedBlock) -> None:
+    """Refuse a *size*, in *unit*s if it names none, that is not the block's."""
+    if _bytes(size, unit) != block.size_bytes:
+        raise CannotMap(f"{owner} does not have the {block.size_bytes} bytes of RAM of the image")
 
 
 def _refuse_backend(backend: _Backend, block: MappedBlock) -> None:
@@ -182,7 +194,8 @@ def _refuse_backend(backend: _Backend, block: MappedBlock) -> None:
     if has_nodes or fields.get("policy", "default") != "default":
         raise CannotMap(f"{backend} is bound to nodes of the host, and the image's cache is not")
     check(backend)
-    _require_size(str(backend), _bytes(fields.get("size")), block)
+    size = fields.get("size")
+    _require_size(f"{backend} of size {size}", size, "B", block)
 
 
 def _refuse_file(backend: _Backend) -> None:
@@ -208,12 +221,13 @@ _KINDS: dict[str, Callable[[_Backend], None]] = {
 }
 
 
-def _bytes(size: object) -> int | None:
+def _bytes(size: object, unit: str) -> int | None:
     """What QEMU takes a size for; None: not known."""
     if isinstance(size, int):
         return size
-    found = _SIZE.fullmatch(str(size))
-    return int(found[1]) << _SHIFTS[found[2].upper()] if found else None
+    if not (found := _SIZE.fullmatch(str(size))):
+        return None
+    return int(Fraction(found[1]) * (1 << _SHIFTS[(found[2] or unit).upper()]))
 
 
 def _mapping(fields: Fields, image: str, block: MappedBlock) -> Fields:

@@ -11,20 +11,13 @@ from pathlib import Path
 
 from tests.bench.floor import BareMonitor
 
-LOG = "qmp.log"
-"""All that QEMU has said on the daemon's monitor since it started, in the VM's folder."""
 END_LIMIT_MS = 10_000
 
 
-def log_arguments(folder: Path) -> list[str]:
-    """Spell that QEMU is to keep that log."""
-    return ["-set", f"chardev.qmp.logfile={folder}/{LOG}"]
-
-
-def read_load_ms(folder: Path) -> float:
+def read_load_ms(monitor_log: Path) -> float:
     """Return how long QEMU took to load its memory: from the request until it was complete."""
     at_s: dict[str, float] = {}
-    for line in (folder / LOG).read_text().splitlines():
+    for line in monitor_log.read_text().splitlines():
         message = json.loads(line)
         if message.get("event") == "MIGRATION":
             stamp = message["timestamp"]

@@ -10,7 +10,7 @@ from qsnapd.model.job import JobKind
 from qsnapd.model.request import RevertRequest
 from qsnapd.model.snapshot import Strategy
 from qsnapd.model.state import Condition
-from qsnapd.snapshot.revert import Revert
+from qsnapd.snapshot.revert import KEPT, Revert
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.spawn import Spawn
@@ -50,11 +50,21 @@ async def switch_nothing(*_arguments: object) -> None:
     raise Switched
 
 
-async def reverted(scene: Scene) -> bool:
+async def see_nothing_wrong(*_manifest: object, **_options: object) -> None:
+    """In place of the preflight, which starts a QEMU to ask it."""
+    await trio.lowlevel.checkpoint()
+
+
+@pytest.fixture(autouse=True)
+def no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsnapd.snapshot.revert.preflight", see_nothing_wrong)
+
+
+async def reverted(scene: Scene, *, discard: bool = True) -> bool:
     """Revert; returns whether it came to the point of no return."""
     revert = Revert(OneVm(scene), scene.new_job(JobKind.REVERT), qemu_img=qemu_img())
     try:
-        await revert.run(RevertRequest(name="s1", discard=True))
+        await revert.run(RevertRequest(name="s1", discard=discard))
     except Switched:
         return True
     return False
@@ -83,6 +93,54 @@ def test_cancelled_at_any_step_before_the_old_qemu_is_ended(
         return not_as_before(scene.before, scene.look()), True
 
     assert sweep(CASE, attempt) == []
+
+
+def test_cancelled_at_any_step_while_the_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest runs on, whether it was kept already or not; a kept state is a snapshot."""
+    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+
+    async def attempt(scene: Scene, n: int) -> tuple[list[str], bool]:
+        await prepare(scene)
+        probe, switched = CancelAt(n), False
+        trio.lowlevel.add_instrument(probe)
+        with probe.scope:
+            switched = await reverted(scene, discard=False)
+        trio.lowlevel.remove_instrument(probe)
+        kept = [name for name in scene.store.snapshots() if name.startswith(KEPT)]
+        if switched:
+            held = [] if not scene.qemu.running and kept else ["the state is not held"]
+            return held, probe.left <= 0
+        if not kept:
+            return not_as_before(scene.before, scene.look()), True
+        return left_by_revert(scene), True
+
+    assert sweep(CASE, attempt) == []
+
+
+def left_by_revert(scene: Scene) -> list[str]:
+    """What is wrong after a revert that kept the state and went no further."""
+    found = [] if scene.qemu.running else [f"the guest stands still: {scene.qemu.status}"]
+    if scene.store.restoring.read() or scene.store.journal.read():
+        found.append("a journal still has an entry")
+    after_s1 = {name for name in scene.look().files - scene.before.files if ".after-s1" in name}
+    return found + [f"left over: {name}" for name in after_s1]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_the_daemon_dies_before_the_old_qemu_is_ended(
+    kept: bool, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The guest stands, held for its end; the next daemon lets it go."""
+    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+    async with open_scene(CASE) as scene:
+        await prepare(scene)
+        assert await reverted(scene, discard=not kept)
+        assert scene.qemu.running is not kept
+        await scene.attach()
+        await scene.recover()
+        assert left_by_revert(scene) == []
+        names = [name for name in scene.store.snapshots() if name.startswith(KEPT)]
+        assert len(names) == kept
 
 
 @pytest.mark.parametrize("nth", [1, 2])

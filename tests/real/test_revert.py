@@ -10,12 +10,13 @@ import pytest
 
 from qsnapd.errors import CaptureFailed, Effect, ImageInvalid, UnknownSnapshot, VmError
 from qsnapd.model.plan import Loading
-from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.request import CreateRequest, Memory, RevertRequest
+from qsnapd.model.snapshot import Strategy
 from qsnapd.snapshot import load
 from qsnapd.snapshot.job import Job
 from qsnapd.vm.attached import AttachedVm
 from tests.parts import Qemu
-from tests.real.cases import VM, each_qemu, open_busy, open_lazy
+from tests.real.cases import NEWEST, VM, each_qemu, open_busy, open_lazy
 from tests.real.footprint import look
 from tests.rig import Rig
 
@@ -181,6 +182,29 @@ async def test_shut_off_with_words_if_nothing_was_kept(
         assert vm.pids() == []
         await rig.revert(VM, RevertRequest(name="s"))
         assert rig.host.vm(VM).state == "running"
+
+
+async def test_checkpoints_of_a_vm_that_was_restored_lazily(tmp_path: Path) -> None:
+    """QEMU saves RAM that is a mapping in the background no more: `--live` means precopy then.
+
+    What such a checkpoint records of the command line is the plain one, without the mapping.
+    """
+    async with open_busy(NEWEST, tmp_path) as (vm, rig):
+        first = await rig.create(VM, CreateRequest(name="s", live=True))
+        assert first.strategy is Strategy.BACKGROUND
+        await rig.revert(VM, RevertRequest(name="s", memory=Memory.LAZY, discard=True))
+        assert first.memory is not None
+        assert first.memory.path in Path(f"/proc/{vm.pid}/maps").read_text()  # noqa: ASYNC240
+        second = await rig.create(VM, CreateRequest(name="t", live=True))
+        assert second.strategy is Strategy.PRECOPY
+        assert second.machine.process.argv[-1] == first.machine.process.argv[-1]
+        assert not any(first.memory.path in word for word in second.machine.process.argv)
+        third = await rig.create(VM, CreateRequest(name="u"))
+        for name in (second.name, third.name):
+            mark = len(vm.log_lines())
+            await rig.revert(VM, RevertRequest(name=name, memory=Memory.LAZY, discard=True))
+            await vm.wait_checked(since=mark)
+            assert vm.slots_report(mark).bad_lines == ()
 
 
 @each_qemu

@@ -28,7 +28,8 @@ async def main(qmp: Path, wanted: Mapping[str, str]) -> None:
         patience_s=LIMIT_S,
     )
     launch = Launch.model_validate_json(wanted["launch"])
-    await launcher.prepare(launch)
+    if wanted["kind"] != "unit":  # it is prepared before the old QEMU is ended, not here
+        await launcher.prepare(launch)
     started = await launcher.start(launch, Path(wanted["log"]))
     with trio.fail_after(LIMIT_S):
         words = await _come_up(started, qmp)

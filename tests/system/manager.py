@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import trio
 
-from tests.parts import PartMissing
+from tests.parts import ROOT, PartMissing
 
 BOOT_LIMIT_S = 30.0
 COMMAND_LIMIT_S = 60.0
@@ -56,12 +58,24 @@ umount -R /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs "$folder"; done
 # what systemd sets up on a host it has to itself
-for folder in /etc /proc/sys; do mount --bind "$folder" "$folder"; mount -o remount,bind,ro "$folder"; done
+for folder in /etc /proc/sys; do
+    mount --bind "$folder" "$folder"
+    mount -o remount,bind,ro "$folder"
+done
 mkdir -p /run/systemd/system
+# the users of a service may not get to where we have these
+bind() { mkdir -p "$2"; mount --bind "$1" "$2"; }
+bind "$PYTHON" /run/python
+bind "$PACKAGES" /run/packages
+bind "$PROJECT" /run/project/qsnapd
 exec env -i container=tests PATH="$PATH" NOTIFY_SOCKET="$NOTIFY_SOCKET" \
     SYSTEMD_UNIT_PATH="$UNITS:/run/systemd/transient" SYSTEMD_GENERATOR_PATH=/run/none \
     SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/run/none \
     /lib/systemd/systemd --system --unit=tests.target --log-target=console --show-status=no
+"""
+QSNAPD = """#!/bin/sh
+PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/run/project:/run/packages exec /run/python/bin/python3 \
+    -c 'from qsnapd.cli.daemon import main; main()' "$@"
 """
 NAMESPACES = ("--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--cgroup", "--ipc")
 
@@ -70,6 +84,10 @@ class Manager:
     """A systemd while `open_manager` holds it."""
 
     def __init__(self, folder: Path, pid: int) -> None:
+        self.folder = folder
+        """Open to everybody, and gone with the manager."""
+        self.qsnapd = folder / "qsnapd"
+        """The program, as any user can run it."""
         self._units = folder / "units"
         self._pid = pid
 
@@ -130,11 +148,20 @@ async def open_manager() -> AsyncIterator[Manager]:
     cgroup = _make_cgroup(folder.name)
     try:
         _write_units(folder / "units", JOURNAL)
+        folder.chmod(0o755)
         (folder / "boot").write_text(BOOT)
+        (folder / "qsnapd").write_text(QSNAPD)
+        (folder / "qsnapd").chmod(0o755)
         notify = folder / "notify"
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             await ready.bind(str(notify))
-            environment = os.environ | {"NOTIFY_SOCKET": str(notify), "UNITS": f"{folder}/units"}
+            environment = os.environ | {
+                "NOTIFY_SOCKET": str(notify),
+                "UNITS": f"{folder}/units",
+                "PYTHON": sys.base_prefix,
+                "PACKAGES": sysconfig.get_path("purelib"),
+                "PROJECT": str(ROOT / "qsnapd"),
+            }
             script = f'echo $$ >"$0"/cgroup.procs; exec unshare {" ".join(NAMESPACES)} sh "$1"'
             argv = ["sh", "-c", script, str(cgroup), str(folder / "boot")]
             with (folder / "console").open("w+") as console:

@@ -15,7 +15,6 @@ from tests.harness import Pages, Vm, open_vm
 from tests.parts import ROOT, qemu_versions
 from tests.system import launching
 from tests.system.manager import Manager, open_manager
-from tests.system.processes import COMMANDS
 
 NEWEST = qemu_versions()[-1]
 NOBODY = 65534
@@ -128,23 +127,24 @@ UNIT_TEXT = """
 async def install(
     manager: Manager,
     vm: Vm,
-    folder: Path,
     words: Sequence[str],
     *,
     user: int = 0,
     restart: str = "no",
 ) -> Pending:
     """Make the VM a service of its own, which runs *words*."""
+    folder = manager.folder
     config = folder / "qsnapd.toml"
     config.write_text(
         f'[daemon]\nstate_dir = "{folder}/state"\n[vm.web]\nqmp = "{vm.qmp}"\n'
         f'launcher = "unit"\nunit = "{UNIT}"\n'
     )
     quoted = " ".join('"' + word.replace("%", "%%").replace("$", "$$") + '"' for word in words)
-    wrapper = COMMANDS / "qsnapd"
     await manager.install(
         UNIT,
-        UNIT_TEXT.format(wrapper=wrapper, config=config, words=quoted, user=user, restart=restart),
+        UNIT_TEXT.format(
+            wrapper=manager.qsnapd, config=config, words=quoted, user=user, restart=restart
+        ),
     )
     return Pending.of(folder / "state-pending", "web")
 
@@ -167,9 +167,9 @@ async def wait_restarted(manager: Manager, vm: Vm, old: int) -> int:
 
 
 async def test_unit_runs_the_plan_once_whoever_starts_it(
-    manager: Manager, vm: Vm, tmp_path: Path
+    manager: Manager, vm: Vm
 ) -> None:
-    pending = await install(manager, vm, tmp_path, named(vm, "as-given"), restart="always")
+    pending = await install(manager, vm, named(vm, "as-given"), restart="always")
     await manager.systemctl("start", UNIT)
     await vm.wait_line(lambda line: True)
     first = await manager.main_pid(UNIT)
@@ -191,15 +191,12 @@ async def test_unit_runs_the_plan_once_whoever_starts_it(
 @pytest.mark.parametrize("restart", ["no", "always"])
 @pytest.mark.parametrize("user", [0, NOBODY])
 async def test_unit_is_started_by_us(
-    manager: Manager, vm: Vm, tmp_path: Path, restart: str, user: int
+    manager: Manager, vm: Vm, restart: str, user: int
 ) -> None:
-    tmp_path.parent.chmod(0o755)  # pytest's own is closed to the VM's user
-    tmp_path.parent.parent.chmod(0o755)
-    tmp_path.chmod(0o755)
     if user:
         give_to_nobody(vm)
     pending = await install(
-        manager, vm, tmp_path, named(vm, "as-given"), user=user, restart=restart
+        manager, vm, named(vm, "as-given"), user=user, restart=restart
     )
     await manager.systemctl("start", UNIT)
     await vm.wait_line(lambda line: True)

@@ -59,9 +59,9 @@ def backend(
             "-machine memory-backend=pc.ram",
         ),
         (
-            "-M microvm",
+            "-M microvm -m 64",
             ["microvm.ram"],
-            f"-M microvm {backend('microvm.ram')} -machine memory-backend=microvm.ram",
+            f"-M microvm -m 64 {backend('microvm.ram')} -machine memory-backend=microvm.ram",
         ),
         # objects keep their place and what is theirs
         (
@@ -102,16 +102,16 @@ def backend(
         ),
         # others are left alone
         (
-            "-object rng-random,id=r -object memory-backend-ram,id=dimm,size=1G "
+            "-m 64 -object rng-random,id=r -object memory-backend-ram,id=dimm,size=1G "
             "-device pc-dimm,memdev=dimm",
             ["pc.ram"],
-            "-object rng-random,id=r -object memory-backend-ram,id=dimm,size=1G "
+            "-m 64 -object rng-random,id=r -object memory-backend-ram,id=dimm,size=1G "
             f"-device pc-dimm,memdev=dimm {backend('pc.ram')} -machine memory-backend=pc.ram",
         ),
         (
-            "-device virtio-balloon-pci -overcommit mem-lock=off",
+            "-m 64 -device virtio-balloon-pci -overcommit mem-lock=off",
             ["pc.ram"],
-            f"-device virtio-balloon-pci -overcommit mem-lock=off {backend('pc.ram')} "
+            f"-m 64 -device virtio-balloon-pci -overcommit mem-lock=off {backend('pc.ram')} "
             "-machine memory-backend=pc.ram",
         ),
     ],
@@ -165,14 +165,14 @@ MEMFD = "-machine memory-backend=m -object memory-backend-memfd,id=m,size=64M"
         ("-device virtio-mem-pci,memdev=x", "gives RAM back"),
         ("-machine memory-backend=m", "no -object"),
         ("-machine memory-backend=other", "no -object"),
-        ("-object memory-backend-ram,id=pc.ram,size=64M", "is called 'pc.ram'"),
+        ("-m 64 -object memory-backend-ram,id=pc.ram,size=64M", "is called 'pc.ram'"),
         (f"{RAM},prealloc=on", "at once"),
         (f"{RAM},prealloc=yes", "at once"),
         (f"{RAM},policy=bind,host-nodes=0", "nodes of the host"),
         (f"{RAM},host-nodes.0=1", "nodes of the host"),
         (f"{RAM},policy=interleave", "nodes of the host"),
-        (f"{RAM[:-3]}63M", "66060288 bytes of RAM, and the image 67108864"),
-        (f"{RAM[:-3]}lots", "None bytes"),
+        (f"{RAM[:-3]}63M", "size 63M does not have the 67108864 bytes"),
+        (f"{RAM[:-3]}lots", "of size lots does not have"),
         (f"{FILE},mem-path=/x,share=on", "others may read"),
         (f"{FILE},mem-path=/x,pmem=on", "persistent"),
         (f"{FILE},mem-path=/x,readonly=on", "cannot be written to"),
@@ -192,8 +192,26 @@ def test_image_of_another_machine() -> None:
         map_words("-M isapc", "other.ram", type_="isapc")
     with pytest.raises(CannotMap, match="no block of the memory backend 'm'"):
         map_words(RAM, "pc.ram")
-    with pytest.raises(CannotMap, match="67108864 bytes of RAM, and the image 33554432"):
+    with pytest.raises(CannotMap, match="-m 64 does not have the 33554432 bytes of RAM"):
         map_words("-m 64", "pc.ram", "other")
+    with pytest.raises(CannotMap, match="-m 134217728 does not have"):
+        map_words("-M pc")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m 64",
+        "-m 64M",
+        "-m 0.0625G",
+        "-m 65536k,slots=2,maxmem=1G",
+        "-m size=67108864B",
+        "-m 32 -m slots=2,maxmem=1G -m 64",
+        "-m 64 -m slots=2,maxmem=1G",
+    ],
+)
+def test_sizes_as_qemu_reads_them(words: str) -> None:
+    assert map_words(words).blocks == ("pc.ram",)
 
 
 values = st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1)

@@ -24,6 +24,9 @@ from qsnapd.control.methods.transfers import (
     ExportSnapshot,
     ImportSnapshot,
 )
+from qsnapd.control.methods.verification import (
+    VerifySnapshot,
+)
 from qsnapd.control.methods.vms import (
     GetVm,
     ListDisks,
@@ -47,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
         ListSnapshots,
         GetSnapshot,
         GetCurrentSnapshot,
+        VerifySnapshot,
         ExportSnapshot,
         ImportSnapshot,
         GetJob,

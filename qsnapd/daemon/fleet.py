@@ -1,0 +1,218 @@
+"""All VMs that the daemon looks after: those of the configuration, and clones, which come and go.
+
+A clone is in the fleet from the moment its making begins; it outlives the daemon once it is
+registered in the store.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.errors import QsnapError, StoreError, UnknownVm, VmExists, WrongState
+from qsnapd.model.event import Event
+from qsnapd.model.plan import ClonePlan
+from qsnapd.snapshot.clone import undo_clone
+from qsnapd.snapshot.revert_plan import require_no_qemu
+from qsnapd.store.layout import Store
+from qsnapd.store.registry import read_registration, remove_made
+from qsnapd.vm.launcher import Launcher
+
+UNDO_LIMIT_S = 60.0
+STOP_LIMIT_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+LauncherOf = Callable[[str, str], Launcher]
+"""Returns what starts a clone: of the VM called this, called that."""
+
+
+@dataclass
+class _Watched:
+    supervisor: Supervisor
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+class Fleet(Mapping[str, Supervisor]):
+    """Starts and stops supervisors, which run in *watching*."""
+
+    def __init__(
+        self,
+        store: Store,
+        publish: Callable[[Event], None],
+        watching: trio.Nursery,
+        *,
+        qemu_img: str,
+        clone_launcher: LauncherOf,
+    ) -> None:
+        self._store = store
+        self._publish = publish
+        self._watching = watching
+        self._qemu_img = qemu_img
+        self._clone_launcher = clone_launcher
+        self._watched: dict[str, _Watched] = {}
+        self._configured: set[str] = set()
+        self._reserved: set[str] = set()
+
+    def __getitem__(self, name: str) -> Supervisor:
+        return self._watched[name].supervisor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._watched)
+
+    def __len__(self) -> int:
+        return len(self._watched)
+
+    def find(self, name: str) -> Supervisor:
+        """The VM called *name*. Raises: UnknownVm."""
+        try:
+            return self[name]
+        except KeyError:
+            known = ", ".join(sorted(self)) or "none"
+            raise UnknownVm(f"there is no VM {name!r} here; there are: {known}") from None
+
+    def add(self, name: str, qmp: Path, launcher: Launcher, *, configured: bool) -> Supervisor:
+        """Look after a VM from now on. Raises: StoreError."""
+        supervisor = Supervisor(
+            *(name, qmp, self._store.vm(name), self._publish),
+            qemu_img=self._qemu_img,
+            launcher=launcher,
+        )
+        watched = _Watched(supervisor)
+        self._watched[name] = watched
+        if configured:
+            self._configured.add(name)
+        self._watching.start_soon(self._watch, watched, name=f"supervise {name}")
+        return supervisor
+
+    async def _watch(self, watched: _Watched) -> None:
+        try:
+            with watched.scope:
+                await watched.supervisor.run()
+        finally:
+            watched.ended.set()
+
+    async def stop(self, name: str) -> None:
+        """Look after a VM no more; its QEMU, if there is one, is left alone."""
+        watched = self._watched.pop(name)
+        watched.scope.cancel()
+        await watched.ended.wait()
+
+    # --- clones --------------------------------------------------------------------------
+
+    async def open_clones(self) -> None:
+        """Look after the clones of former daemons; undo those that were not complete.
+
+        To be called when all VMs of the configuration have been added. What
+        cannot be read or undone is logged.
+        """
+        for name in await trio.to_thread.run_sync(self._store.names):
+            try:
+                with trio.fail_after(UNDO_LIMIT_S):
+                    await self._open_clone(name)
+            except (QsnapError, trio.TooSlowError) as exc:
+                _log.error("clone %s: %s", name, exc or "undoing it took too long")
+
+    async def _open_clone(self, name: str) -> None:
+        store = self._store.vm(name)
+        registration = await trio.to_thread.run_sync(read_registration, store)
+        if name in self._configured:
+            if registration is not None:
+                _log.warning("VM %s is the configuration's; the clone of that name is not", name)
+            return
+        if registration is not None:
+            self.add_clone(registration.source, name, Path(registration.qmp))
+            return
+        entry = await trio.to_thread.run_sync(store.restoring.read)
+        if entry is not None and isinstance(entry.plan, ClonePlan):
+            await undo_clone(entry, store)
+            await trio.to_thread.run_sync(self._store.forget, name)
+            _log.warning("undid the unfinished clone %s of a former daemon", name)
+
+    def add_clone(self, source: str, name: str, qmp: Path) -> Supervisor:
+        """Look after a clone from now on; it is started like what it was made of at first."""
+        while source in self and source not in self._configured:
+            registration = read_registration(self[source].store)
+            if registration is None or registration.source == source:
+                break
+            source = registration.source
+        return self.add(name, qmp, self._clone_launcher(source, name), configured=False)
+
+    @contextmanager
+    def reserved(self, name: str) -> Iterator[None]:
+        """Keep others from making a VM called *name* while the block decides on it.
+
+        Raises: VmExists: there is one, or something is kept of one. StoreError.
+        """
+        if name in self._watched or name in self._reserved:
+            raise VmExists(f"there is a VM {name!r} already")
+        if self._store.is_used(name):
+            raise VmExists(
+                f"there are files of a former VM {name!r} in {self._store.state_dir / name}: "
+                "choose another name"
+            )
+        self._reserved.add(name)
+        try:
+            yield
+        finally:
+            self._reserved.discard(name)
+
+    def directory(self, name: str) -> Path:
+        """Where all of a VM is kept, or would be."""
+        return self._store.state_dir / name
+
+    async def drop_unless_registered(self, name: str) -> None:
+        """Remove the rest of a clone whose making has failed; one that exists stays.
+
+        Raises: StoreError: the next start of the daemon tries again.
+        """
+        store = self[name].store
+        if await trio.to_thread.run_sync(read_registration, store) is not None:
+            return
+        await self.stop(name)
+        await trio.to_thread.run_sync(self._store.forget, name)
+
+    async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
+        """Forget a clone that is shut off; returns the files that were removed.
+
+        On failure: it is in the fleet as before, and can be undefined again.
+        Raises: WrongState: it is not a clone, it runs, is busy, or has snapshots. StoreError.
+        """
+        supervisor = self.find(name)
+        if name in self._configured:
+            raise WrongState(
+                f"VM {name} is no clone: it is in the configuration file, remove it from there"
+            )
+        if supervisor.job is not None:
+            raise WrongState(f"VM {name} is busy: a {supervisor.job.kind} job is running on it")
+        if supervisor.attached is not None:
+            raise WrongState(
+                f"VM {name} is {supervisor.tracker.condition.state.text}: shut it down first"
+            )
+        await trio.to_thread.run_sync(require_no_qemu, name, supervisor.qmp)
+        kept = sorted({*supervisor.store.snapshots(), *supervisor.store.problems()})
+        if kept:
+            raise WrongState(
+                f"VM {name} has snapshots ({', '.join(kept)}), whose files would belong to nobody"
+            )
+        registration = await trio.to_thread.run_sync(read_registration, supervisor.store)
+        if self.get(name) is not supervisor or supervisor.job is not None:
+            raise WrongState(f"VM {name}: somebody else is changing it right now")
+        with trio.CancelScope(shield=True):
+            await self.stop(name)
+            try:
+                removed: tuple[str, ...] = ()
+                if registration is not None:
+                    removed = await trio.to_thread.run_sync(
+                        lambda: remove_made(registration, storage=remove_storage)
+                    )
+                await trio.to_thread.run_sync(self._store.forget, name)
+            except StoreError:
+                self.add(name, supervisor.qmp, supervisor.launcher, configured=False)
+                raise
+        return removed

@@ -1,0 +1,76 @@
+"""VMs that are not in the configuration: clones, in their own folders of the store.
+
+STATE_DIR/VM/.vm.json    a `Registration`; its presence is the clone's existence
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qsnapd.errors import ManifestInvalid, StoreError
+from qsnapd.image.files import remove_if_ours, sync_directory
+from qsnapd.model.registration import Registration
+from qsnapd.store.snapshots import VmStore
+
+REGISTRATION_NAME = ".vm.json"
+
+
+def read_registration(store: VmStore) -> Registration | None:
+    """What is registered there, if anything is.
+
+    Raises: ManifestInvalid: another version of qsnapd wrote it. StoreError.
+    """
+    path = store.directory / REGISTRATION_NAME
+    try:
+        return Registration.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise StoreError(f"cannot read {path}: {exc.strerror}") from exc
+    except ValidationError as exc:
+        raise ManifestInvalid(
+            f"{path} is not understood ({exc.errors()[0]['msg']}); it was written by another "
+            "version of qsnapd"
+        ) from exc
+
+
+def register(store: VmStore, registration: Registration) -> None:
+    """From now on the VM exists, for the next daemon too; durable on return.
+
+    On failure: it does not. Raises: StoreError.
+    """
+    path = store.directory / REGISTRATION_NAME
+    draft = path.with_suffix(".new")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(registration.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(path)
+        sync_directory(path.parent)
+    except OSError as exc:
+        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def remove_made(registration: Registration, *, storage: bool) -> tuple[str, ...]:
+    """Remove the sockets and pipes that a clone has left, and all else only if *storage*.
+
+    Idempotent. Returns the paths of what was removed; what was put in place of one stays.
+    Raises: StoreError: something of it cannot be removed.
+    """
+    made = [file for file in registration.files if storage or _holds_nothing(file.path)]
+    made += registration.overlays if storage else ()
+    return tuple(
+        file.path for file in made if remove_if_ours(Path(file.path), file.device, file.inode)
+    )
+
+
+def _holds_nothing(path: str) -> bool:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return True
+    return stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)
