@@ -7,9 +7,10 @@ from pathlib import Path
 import trio
 
 from qsnapd.daemon.events import EventHub
+from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.host import LocalHost
 from qsnapd.daemon.supervisor import Supervisor
-from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.store.layout import Store
 from qsnapd.vm.spawn import Spawn
@@ -33,27 +34,28 @@ class Rig:
     async def revert(self, vm: str, request: RevertRequest) -> Manifest:
         return await (await self.host.revert(vm, request)).wait()
 
+    async def clone(self, vm: str, request: CloneRequest) -> Manifest:
+        return await (await self.host.clone(vm, request)).wait()
+
 
 @asynccontextmanager
 async def open_rig(qemu: Qemu, state_dir: Path, **vms: Vm) -> AsyncIterator[Rig]:
     """Attach to *vms* by name, and hold on to them for the block."""
     events = EventHub()
     with Store(state_dir) as store:
-        supervisors = {
-            name: Supervisor(
-                *(name, vm.qmp, store.vm(name), events.publish),
-                qemu_img=str(qemu.img),
-                launcher=Spawn(),
-            )
-            for name, vm in vms.items()
-        }
         async with trio.open_nursery() as watching:
-            for supervisor in supervisors.values():
-                watching.start_soon(supervisor.run)
+            fleet = Fleet(
+                *(store, events.publish, watching),
+                qemu_img=str(qemu.img),
+                clone_launcher=lambda source, clone: Spawn(),
+            )
+            for name, vm in vms.items():
+                fleet.add(name, vm.qmp, Spawn(), configured=True)
+            await fleet.open_clones()
             with trio.fail_after(ATTACH_LIMIT_S):
-                for supervisor in supervisors.values():
+                for supervisor in [fleet[name] for name in vms]:
                     await supervisor.wait_attached()
             async with trio.open_nursery() as jobs:
-                host = LocalHost(supervisors, events, jobs, qemu_img=str(qemu.img))
-                yield Rig(host, supervisors)
+                host = LocalHost(fleet, events, jobs, qemu_img=str(qemu.img))
+                yield Rig(host, fleet)
             watching.cancel_scope.cancel()

@@ -65,13 +65,13 @@ def follow(
     told: str | None = None
     with (
         cli.connect() as client,
-        _abort_on_interrupt(cli, vm) as running,
+        _abort_on_interrupt(cli) as running,
         open_meter(cli, (request or {}).get("name")) as meter,
     ):
         parameters: dict[str, Any] = {} if request is None else {"request": request}
         for reply in client.stream(method, vm=vm, **parameters):
             if job := reply["job"]:
-                running["id"] = job["id"]
+                running.update(id=job["id"], vm=job["vm"])
                 meter.show(job)
                 if job["instruction"] not in (None, told):
                     told = job["instruction"]
@@ -80,9 +80,9 @@ def follow(
 
 
 @contextmanager
-def _abort_on_interrupt(cli: Cli, vm: str) -> Iterator[dict[str, int]]:
-    """Turn Ctrl-C into an abort of the job whose id the block notes."""
-    running: dict[str, int] = {}
+def _abort_on_interrupt(cli: Cli) -> Iterator[dict[str, Any]]:
+    """Turn Ctrl-C into an abort of the job whose id and VM the block notes."""
+    running: dict[str, Any] = {}
 
     def abort(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,7 +91,7 @@ def _abort_on_interrupt(cli: Cli, vm: str) -> Iterator[dict[str, int]]:
         # Not click.echo(): the interrupted code may be within it. The job may just have ended.
         os.write(2, b"\naborting the job, undoing what it did (Ctrl-C again: do not wait)\n")
         with suppress(QsnapError), cli.connect() as client:
-            client.call("AbortJob", vm=vm, id=running["id"])
+            client.call("AbortJob", vm=running["vm"], id=running["id"])
 
     previous = signal.signal(signal.SIGINT, abort)
     try:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 
 import qsnapd
-from qsnapd.cli import events, jobs, launches, restores, snapshots, transfer, verify, vms
+from qsnapd.cli import clones, events, jobs, launches, restores, snapshots, transfer, verify, vms
 from qsnapd.cli.arguments import Cli
 from qsnapd.errors import QsnapError
 
@@ -39,14 +39,14 @@ def qsnapctl(context: click.Context, socket: str, as_json: bool) -> None:
     context.obj = Cli(socket=socket, json=as_json)
 
 
-for module in (vms, snapshots, restores, launches, jobs, events, transfer, verify):
+for module in (vms, snapshots, restores, clones, launches, jobs, events, transfer, verify):
     module.add_to(qsnapctl)
 
 
 def main() -> NoReturn:
     """Run the command line and exit."""
     try:
-        qsnapctl.main(prog_name="qsnapctl", standalone_mode=False)
+        status = qsnapctl.main(prog_name="qsnapctl", standalone_mode=False)
     except click.UsageError as exc:
         _complain("usage", exc.format_message(), "none")
         if exc.ctx is not None and not _json_wanted():
@@ -58,7 +58,7 @@ def main() -> NoReturn:
     except click.Abort:
         _complain("interrupted", "interrupted", "unknown")
         sys.exit(1)
-    sys.exit(0)
+    sys.exit(status or 0)  # a verb that is done may still bring bad news
 
 
 def _complain(code: str, message: str, effect: str) -> None:

@@ -165,6 +165,7 @@ def _labels(snapshot: dict[str, Any]) -> dict[str, object]:
         "Children": snapshot["children"],
         "Descendants": snapshot["descendants"],
         "Metadata": "yes",
+        "In use by": ", ".join(snapshot["used_by"]) or None,
         "Description": snapshot["description"] or None,
         "Created": local_time(snapshot["created_at"]),
         "Strategy": snapshot["strategy"],

@@ -1,6 +1,6 @@
 """What the control socket needs of the daemon below it, and nothing more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import trio
 from qsnapd.model.event import Event
 from qsnapd.model.job import JobInfo
 from qsnapd.model.launch import LaunchInfo
-from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, TransferProgress
 from qsnapd.model.verification import Verification
@@ -68,6 +68,19 @@ class Host(Protocol):
     async def revert(self, name: str, request: RevertRequest) -> Job:
         """As `create`, for putting the VM back to a snapshot."""
 
+    async def clone(self, name: str, request: CloneRequest) -> Job:
+        """As `create`, for starting another VM from a snapshot; the job is the new VM's.
+
+        Raises: VmExists: its name is taken. SnapshotDiffers, Blocked: it cannot run here, or
+          not beside the original; ImageInvalid.
+        """
+
+    async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
+        """Forget a clone that is shut off; returns the paths of what was removed.
+
+        Raises: WrongState: it runs, has snapshots or is no clone. StoreError.
+        """
+
     async def start(self, name: str) -> Job:
         """As `create`, for starting a VM that a revert has left shut off."""
 
@@ -116,7 +129,7 @@ class Host(Protocol):
         On failure or cancellation: as if never asked. Raises: RequestError, StoreError.
         """
 
-    async def verify(self, name: str, snapshot: str, *, deep: bool) -> Verification:
+    async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
         """Look whether a snapshot is sound; *deep*: also load it into a QEMU that never runs.
 
         The VM is not touched. Cancellation: at any time; nothing is left.
@@ -124,6 +137,9 @@ class Host(Protocol):
         """
 
     def snapshots(self, name: str) -> tuple[Manifest, ...]: ...
+
+    def users(self, name: str) -> Mapping[str, tuple[str, ...]]:
+        """Return which VMs run on the files of the VM's snapshots, by snapshot."""
 
     def current(self, name: str) -> str | None:
         """Return the name of the snapshot that the VM's present state descends from."""

@@ -1,9 +1,10 @@
 """Snapshots as clients see them: the manifest, and its place in the tree."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pydantic import NonNegativeInt
 
+from qsnapd.model.names import VmName
 from qsnapd.model.snapshot import Manifest
 
 
@@ -16,10 +17,17 @@ class Snapshot(Manifest):
     """Snapshots taken directly on top of this one."""
     descendants: NonNegativeInt
     """Its children, their children, and so on."""
+    used_by: tuple[VmName, ...] = ()
+    """VMs that run on its files right now; their memory may be a mapping of its image."""
 
 
-def placed(manifests: Iterable[Manifest], current: str | None) -> tuple[Snapshot, ...]:
-    """Give all manifests of one VM their place, in the order they came in."""
+def placed(
+    manifests: Iterable[Manifest], current: str | None, users: Mapping[str, tuple[str, ...]]
+) -> tuple[Snapshot, ...]:
+    """Give all manifests of one VM their place, in the order they came in.
+
+    *users*: by snapshot, the VMs that run on it.
+    """
     manifests = tuple(manifests)
     children: dict[str, list[str]] = {manifest.name: [] for manifest in manifests}
     for manifest in manifests:
@@ -31,6 +39,7 @@ def placed(manifests: Iterable[Manifest], current: str | None) -> tuple[Snapshot
             current=manifest.name == current,
             children=len(children[manifest.name]),
             descendants=_count_below(manifest.name, children),
+            used_by=users.get(manifest.name, ()),
         )
         for manifest in manifests
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.daemon.supervisor import NOTHING, Supervisor
 from qsnapd.errors import QsnapError, StoreError, UnknownVm, VmExists, WrongState
 from qsnapd.model.event import Event
 from qsnapd.model.plan import ClonePlan
@@ -76,12 +76,21 @@ class Fleet(Mapping[str, Supervisor]):
             known = ", ".join(sorted(self)) or "none"
             raise UnknownVm(f"there is no VM {name!r} here; there are: {known}") from None
 
-    def add(self, name: str, qmp: Path, launcher: Launcher, *, configured: bool) -> Supervisor:
+    def add(
+        self,
+        name: str,
+        qmp: Path,
+        launcher: Launcher,
+        *,
+        instead: Mapping[str, str] = NOTHING,
+        configured: bool,
+    ) -> Supervisor:
         """Look after a VM from now on. Raises: StoreError."""
         supervisor = Supervisor(
             *(name, qmp, self._store.vm(name), self._publish),
             qemu_img=self._qemu_img,
             launcher=launcher,
+            instead=instead,
         )
         watched = _Watched(supervisor)
         self._watched[name] = watched
@@ -166,16 +175,18 @@ class Fleet(Mapping[str, Supervisor]):
         """Where all of a VM is kept, or would be."""
         return self._store.state_dir / name
 
-    async def drop_unless_registered(self, name: str) -> None:
-        """Remove the rest of a clone whose making has failed; one that exists stays.
+    async def drop_unless_registered(self, name: str, *, is_undone: bool) -> None:
+        """Look no more after a clone whose making has failed; one that exists stays.
 
-        Raises: StoreError: the next start of the daemon tries again.
+        Its journal is removed if all that it tells of *is_undone*; else the next start of the
+        daemon undoes it. Raises: StoreError.
         """
         store = self[name].store
         if await trio.to_thread.run_sync(read_registration, store) is not None:
             return
         await self.stop(name)
-        await trio.to_thread.run_sync(self._store.forget, name)
+        if is_undone:
+            await trio.to_thread.run_sync(self._store.forget, name)
 
     async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
         """Forget a clone that is shut off; returns the files that were removed.

@@ -3,7 +3,7 @@
 Implements `control.host.Host`; decides nothing.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +15,7 @@ import trio
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
-from qsnapd.errors import Effect, UnknownVm, WrongState
+from qsnapd.errors import Effect, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo, JobKind, Phase
 from qsnapd.model.launch import LaunchInfo
@@ -33,12 +33,13 @@ from qsnapd.snapshot.export import export_snapshot
 from qsnapd.snapshot.imported import import_snapshot, notes
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.meter import Tell
-from qsnapd.snapshot.rehearsal import only_one
 from qsnapd.snapshot.preflight import preflight
-from qsnapd.snapshot.revert import Revert
+from qsnapd.snapshot.rehearsal import only_one
+from qsnapd.snapshot.revert import Revert, eager_note
 from qsnapd.snapshot.revert_plan import describe_launch
 from qsnapd.snapshot.verify import verify_snapshot
 from qsnapd.vm.disks import read_disks
+from qsnapd.vm.launch import Parent
 
 _SNAPSHOT_EVENTS = {
     (JobKind.CREATE, Phase.DONE): "created",
@@ -137,19 +138,30 @@ class LocalHost:
         with self._fleet.reserved(request.clone):
             found = await preflight(manifest, qemu_img=self._qemu_img, force=request.force)
             directory = self._fleet.directory(request.clone)
-            planned = partial(plan_clone, qmp_from=source.qmp, directory=directory)
-            plan = await trio.to_thread.run_sync(planned, manifest, request)
+            plan = await trio.to_thread.run_sync(
+                partial(
+                    plan_clone,
+                    *(manifest, request, Parent(instead=source.parent.instead)),
+                    source=name,
+                    qmp_from=source.qmp,
+                    directory=directory,
+                )
+            )
             supervisor = self._fleet.add_clone(name, request.clone, Path(plan.qmp))
         job = self._new_job(request.clone, JobKind.CLONE, request.name)
+        differences = map(str, found.differences)
+        job.notes = (*plan.notes, *differences, *found.notes, *eager_note(plan))
         supervisor.claim(job)
         clone = Clone(supervisor, job, source.store, qemu_img=self._qemu_img)
 
         async def make() -> Manifest:
             try:
-                return await clone.run(plan, notes=found.notes)
+                return await clone.run(plan, reads_ahead=request.read_ahead)
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    await self._fleet.drop_unless_registered(request.clone)
+                    await self._fleet.drop_unless_registered(
+                        request.clone, is_undone=clone.is_undone
+                    )
                 raise
 
         self._start(supervisor, job, make)
@@ -169,7 +181,7 @@ class LocalHost:
         supervisor = self._fleet.find(name)
         manifest = supervisor.store.manifest(request.name)
         return await trio.to_thread.run_sync(
-            describe_launch, manifest, request, supervisor.launcher
+            describe_launch, manifest, request, supervisor.parent
         )
 
     async def export(
@@ -198,7 +210,7 @@ class LocalHost:
         )
         return manifest.name, await trio.to_thread.run_sync(notes, manifest, supervisor.qmp)
 
-    async def verify(self, name: str, snapshot: str, *, deep: bool) -> Verification:
+    async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
         store = self._fleet.find(name).store
         manifest = store.manifest(snapshot)
         with only_one(self._rehearsals, name) if deep else nullcontext():
@@ -255,6 +267,12 @@ class LocalHost:
 
     def snapshot(self, name: str, snapshot: str) -> Manifest:
         return self._fleet.find(name).store.manifest(snapshot)
+
+    def users(self, name: str) -> dict[str, tuple[str, ...]]:
+        users: dict[str, tuple[str, ...]] = {}
+        for lease in self._fleet.find(name).store.leases.all():
+            users[lease.snapshot] = (*users.get(lease.snapshot, ()), lease.holder)
+        return users
 
     def current(self, name: str) -> str | None:
         return self._fleet.find(name).store.current()

@@ -4,10 +4,11 @@ For `ExecStopPost=`: it does only what cannot wait for the next start.
 """
 
 import logging
+from pathlib import Path
 
 import trio
 
-from qsnapd.config import Config, VmConfig
+from qsnapd.config import Config
 from qsnapd.daemon.remembered import recall
 from qsnapd.errors import QsnapError
 from qsnapd.model.plan import CheckpointPlan, Restore, RevertPlan
@@ -16,6 +17,7 @@ from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot.undo import settle_migration
 from qsnapd.store.layout import Store
+from qsnapd.store.registry import read_registration
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import learn
 from qsnapd.vm.identity import peer_of, read_process
@@ -34,23 +36,32 @@ async def reconcile(config: Config) -> int:
     """
     failures = 0
     with Store(config.daemon.state_dir) as store:
-        for name, vm in config.vm.items():
+        for name in await trio.to_thread.run_sync(store.names):
             try:
                 with trio.fail_after(VM_LIMIT_S):
-                    await _resume(name, vm, store.vm(name))
+                    if qmp := await trio.to_thread.run_sync(_monitor, config, store.vm(name)):
+                        await _resume(name, qmp, store.vm(name))
             except (QsnapError, trio.TooSlowError) as exc:
                 failures += 1
                 _log.error("VM %s: %s", name, exc or "no answer in time")
     return failures
 
 
-async def _resume(name: str, config: VmConfig, store: VmStore) -> None:
+def _monitor(config: Config, store: VmStore) -> Path | None:
+    """Of a VM of the configuration or of a clone; None for what nobody looks after any more."""
+    if store.vm in config.vm:
+        return config.vm[store.vm].qmp
+    registration = read_registration(store)
+    return Path(registration.qmp) if registration is not None else None
+
+
+async def _resume(name: str, qmp: Path, store: VmStore) -> None:
     checkpoint = await trio.to_thread.run_sync(store.journal.read)
     revert = await trio.to_thread.run_sync(store.restoring.read)
     held = next((e for e in (checkpoint, revert) if e is not None and _ran(e.plan)), None)
     if held is None:
         return
-    async with open_bridge(config.qmp, name=name) as (bridge, sock):
+    async with open_bridge(qmp, name=name) as (bridge, sock):
         identity = await trio.to_thread.run_sync(peer_of, sock)
         if (identity.pid, identity.start_time_ticks) != (held.pid, held.start_time_ticks):
             return

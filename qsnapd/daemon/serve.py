@@ -50,7 +50,8 @@ async def serve(config: Config) -> None:
                 clone_launcher=partial(_clone_launcher, config),
             )
             for name, vm in config.vm.items():
-                fleet.add(name, vm.qmp, launcher_for(name, config), configured=True)
+                launcher = launcher_for(name, config)
+                fleet.add(name, vm.qmp, launcher, instead=vm.instead, configured=True)
             await fleet.open_clones()
             async with trio.open_nursery() as talking:
                 async with trio.open_nursery() as jobs:

@@ -4,10 +4,12 @@ The supervisor owns the VM's condition and its one job; QEMU processes come and 
 """
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import trio
 
@@ -19,11 +21,13 @@ from qsnapd.model.state import Condition
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
+from qsnapd.snapshot import export, imported
 from qsnapd.snapshot.job import Job
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm, learn
 from qsnapd.vm.condition import lifecycle_event
 from qsnapd.vm.identity import peer_of, read_process
+from qsnapd.vm.launch import Parent
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.process import wait_gone
 from qsnapd.vm.tracker import Tracker
@@ -32,8 +36,12 @@ RETRY_FIRST_S = 0.1
 RETRY_LONGEST_S = 5.0
 RETRY_STARTING_S = 0.01
 """While a job of ours starts QEMU, and its guest stands still for as long as we wait."""
+NOTHING: Mapping[str, str] = MappingProxyType({})
+CHORES_LIMIT = 4
 EXIT_PATIENCE_S = 2.0
 """How long after losing the monitor the process may take to end."""
+
+Chore = Callable[[], Awaitable[object]]
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +58,13 @@ class Supervisor:
         *,
         qemu_img: str,
         launcher: Launcher,
+        instead: Mapping[str, str] = NOTHING,
     ) -> None:
         self.name = name
         self.qmp = qmp
         self.store = store
         self.launcher = launcher
+        self.parent = Parent(launcher.inherits_descriptors, instead)
         self.tracker = Tracker(self._condition_changed)
         self.attached: AttachedVm | None = None
         self.problem: str | None = "not connected yet"
@@ -64,18 +74,22 @@ class Supervisor:
         """What the next QEMU that attaches stands still for, if a job is starting it."""
         self.mender = Mender(self, publish, qemu_img=qemu_img)
         self._publish = publish
+        self._made_at_s = time.time()
         self._uuid: str | None = None
         self._changed = trio.Event()
         self._hurry = trio.Event()
         self._unsaved = trio.Event()
+        self._chores, self._to_do = trio.open_memory_channel[Chore](CHORES_LIMIT)
 
     async def run(self) -> None:
         """Keep the VM attached whenever its QEMU answers; never returns."""
         for problem in self.store.problems().values():
             _log.error("VM %s: a snapshot is not listed: %s", self.name, problem)
+        await trio.to_thread.run_sync(self._remove_leftovers)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_condition)
             nursery.start_soon(self.mender.go_on_reverting)
+            nursery.start_soon(self._do_chores)
             delay_s = RETRY_FIRST_S
             while True:
                 was_attached = await self._attach_once()
@@ -84,6 +98,14 @@ class Supervisor:
                     delay_s = RETRY_STARTING_S
                 with trio.move_on_after(delay_s):
                     await self._hurry.wait()
+
+    def _remove_leftovers(self) -> None:
+        """Of transfers that a killed daemon was in the middle of. Blocks."""
+        try:
+            imported.remove_leftovers(self.store, self._made_at_s)
+            export.remove_leftovers(self.store, self._made_at_s)
+        except StoreError as exc:
+            _log.warning("VM %s: %s", self.name, exc)
 
     async def _attach_once(self) -> bool:
         """Attach and stay until the session ends; returns whether it came to that."""
@@ -209,6 +231,30 @@ class Supervisor:
                 f"answer: {self.problem}"
             )
         return self.attached
+
+    def while_attached(self, work: Chore) -> None:
+        """Do *work* in the background, until it is done or the VM's QEMU is gone.
+
+        It is nothing that anybody waits for: a failure is a warning.
+        """
+        try:
+            self._chores.send_nowait(work)
+        except trio.WouldBlock:
+            _log.warning("VM %s: there is enough to do in the background already", self.name)
+
+    async def _do_chores(self) -> None:
+        async for work in self._to_do:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._cancel_when_detached, nursery.cancel_scope)
+                try:
+                    await work()
+                except QsnapError as exc:
+                    _log.warning("VM %s: %s", self.name, exc)
+                nursery.cancel_scope.cancel()
+
+    async def _cancel_when_detached(self, scope: trio.CancelScope) -> None:
+        await self.wait_detached()
+        scope.cancel()
 
     async def wait_attached(self) -> AttachedVm:
         """Wait until some QEMU is attached."""

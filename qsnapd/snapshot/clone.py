@@ -7,6 +7,7 @@ because nothing is lost with it. The original's store is only read.
 
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -18,6 +19,8 @@ from qsnapd.model.registration import Registration
 from qsnapd.model.snapshot import FileIdentity, Manifest
 from qsnapd.model.state import Condition
 from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.read_ahead import read_ahead
+from qsnapd.snapshot.revert import hold_lease
 from qsnapd.snapshot.start import Seat, make_files, start
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.registry import read_registration, register
@@ -39,9 +42,11 @@ class Clone:
         self._job = job
         self._source = source
         self._qemu_img = qemu_img
+        self.is_undone = False
+        """Nothing is left of what `run` began, but for the journal that tells of it."""
 
-    async def run(self, plan: ClonePlan, *, notes: tuple[str, ...] = ()) -> Manifest:
-        """Start the clone; returns the snapshot it begins at. *notes*: of its preflight.
+    async def run(self, plan: ClonePlan, *, reads_ahead: bool = False) -> Manifest:
+        """Start the clone; returns the snapshot it begins at.
 
         Preconditions: `preflight` let the snapshot pass; nobody uses the clone's name.
         On success: it runs (or stands, as planned) on disks of its own, and is registered.
@@ -52,7 +57,6 @@ class Clone:
         """
         manifest = self._source.manifest(plan.name)
         store = self._seat.store
-        self._job.notes = (*_all_notes(plan), *notes)
         entry = JournalEntry(plan=plan, pid=0, start_time_ticks=0)
         try:
             await trio.to_thread.run_sync(store.restoring.write, entry)
@@ -61,27 +65,19 @@ class Clone:
             self._job.instruction = self._seat.launcher.instruction(plan.launch)
             shown_as = Condition.PAUSED_FROM_SNAPSHOT
             vm = await start(self._seat, plan, self._job, made=entry.made, shown_as=shown_as)
-            await self._hold(vm, plan)
+            await hold_lease(vm, plan, self._source)
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(register, store, _registration(plan, entry))
         except BaseException:
             with trio.move_on_after(UNDO_LIMIT_S, shield=True):
                 await undo_clone(entry, store)
+                self.is_undone = True
             raise
         with trio.CancelScope(shield=True):
             await finish_clone(vm, plan, store)
+        if reads_ahead and plan.loading is not None and plan.loading.view is not None:
+            self._seat.while_attached(partial(read_ahead, Path(plan.loading.memory_file)))
         return manifest
-
-    async def _hold(self, vm: AttachedVm, plan: ClonePlan) -> None:
-        """Say in the original's store that its snapshot is in use."""
-        identity, mapped = vm.identity, plan.loading is not None and plan.loading.view is not None
-
-        def hold() -> None:
-            self._source.leases.hold(
-                plan.name, plan.vm, identity.pid, identity.start_time_ticks, mapped=mapped
-            )
-
-        await trio.to_thread.run_sync(hold)
 
 
 async def finish_clone(vm: AttachedVm, plan: ClonePlan, store: VmStore) -> None:
@@ -173,8 +169,3 @@ def _remove_made(plan: ClonePlan) -> None:
         )
         if is_of_qemu and status.st_ctime >= plan.requested_at.timestamp() - 1:
             remove_if_ours(path, status.st_dev, status.st_ino)
-
-
-def _all_notes(plan: ClonePlan) -> tuple[str, ...]:
-    eager = (f"memory is read eagerly: {plan.lazy_refusal}",) if plan.lazy_refusal else ()
-    return (*plan.notes, *eager)

@@ -14,6 +14,7 @@ from qsnapd.snapshot.plan import image_stem
 from qsnapd.snapshot.revert_plan import plan_start, read_manifest_line, require_no_qemu
 from qsnapd.vm.apart import Apart, set_apart
 from qsnapd.vm.apart_seen import renew_generation_id
+from qsnapd.vm.launch import Parent
 
 OF = ".of-"
 """Between the name of a disk and that of the clone that has one like it."""
@@ -22,11 +23,18 @@ CLONE_NAME_LIMIT = 64
 
 
 def plan_clone(
-    manifest: Manifest, request: CloneRequest, *, qmp_from: Path, directory: Path
+    manifest: Manifest,
+    request: CloneRequest,
+    parent: Parent,
+    *,
+    source: str,
+    qmp_from: Path,
+    directory: Path,
 ) -> ClonePlan:
     """Name all that the clone will have to itself, and compute its command line. Blocks.
 
-    *qmp_from*: the original's monitor. *directory*: where temporary files of the clone go.
+    *source*: the original, *qmp_from*: its monitor. *directory*: where temporary files of the
+    clone go.
     Touches nothing: reads file identities, and which names are taken.
     Raises: Blocked: the recorded command line cannot be used a second time, and why.
       TargetRefused, WrongState: the monitor's path is in use.
@@ -35,7 +43,7 @@ def plan_clone(
         _require_free(request.clone, Path(request.qmp))
     token = secrets.token_hex(4)
     overlays = tuple(_overlay(disk, request.clone, token) for disk in manifest.disks)
-    line = read_manifest_line(manifest, [overlay.path for overlay in overlays])
+    line = read_manifest_line(manifest, [overlay.path for overlay in overlays], parent)
     apart = set_apart(
         line.options,
         clone=request.clone,
@@ -62,7 +70,7 @@ def plan_clone(
         loading=started.loading,
         lazy_refusal=started.lazy_refusal,
         overlays=overlays,
-        source=manifest.vm,
+        source=source,
         qmp=apart.qmp,
         files=apart.made,
         pipes=apart.pipes,

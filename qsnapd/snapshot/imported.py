@@ -104,16 +104,18 @@ def notes(manifest: Manifest, qmp: Path) -> tuple[str, ...]:
     return tuple(words)
 
 
-def remove_leftovers(store: VmStore) -> None:
-    """Remove what the imports of a daemon that was killed have left. Blocks.
+def remove_leftovers(store: VmStore, before_s: float) -> None:
+    """Remove what imports begun before that time have left, by a daemon that was killed. Blocks.
 
     Raises: StoreError.
     """
     entry = store.journal.read()
     for name in store.partials():
         staging = store.partial_path(name)
-        begun = not any(staging.iterdir()) and (entry is None or entry.plan.name != name)
-        if begun or (staging / RECORD_NAME).exists():
+        is_import = (staging / RECORD_NAME).exists() or (
+            not any(staging.iterdir()) and (entry is None or entry.plan.name != name)
+        )
+        if is_import and staging.stat().st_ctime < before_s:
             _unstage(store, name)
 
 

@@ -6,6 +6,7 @@ on the revert is not cancelled any more, and if it fails the kept state is broug
 """
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -30,6 +31,7 @@ from qsnapd.qmp.commands import Quit
 from qsnapd.snapshot.create import Checkpoint
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.preflight import preflight
+from qsnapd.snapshot.read_ahead import read_ahead
 from qsnapd.snapshot.revert_plan import plan_return, plan_revert, require_no_qemu
 from qsnapd.snapshot.start import Seat, make_files, start
 from qsnapd.snapshot.undo import remove_files
@@ -70,11 +72,16 @@ class Revert:
         """
         seat = self._seat
         manifest = seat.store.manifest(request.name)
-        await preflight(manifest, qemu_img=self._qemu_img, force=request.force)
+        found = await preflight(
+            manifest,
+            qemu_img=self._qemu_img,
+            force=request.force,
+            frees_bytes=seat.attached.ram_bytes if seat.attached else 0,
+        )
         if seat.attached is None:
             require_no_qemu(seat.name, seat.qmp)
         plan = await trio.to_thread.run_sync(self._plan, manifest, request)
-        self._job.notes = _notes(plan)
+        self._job.notes = (*map(str, found.differences), *found.notes, *eager_note(plan))
         entry = self._entry(plan)
         try:
             await self._write(entry)
@@ -89,6 +96,8 @@ class Revert:
             raise
         with trio.CancelScope(shield=True):
             await self._switch(entry)
+        if request.read_ahead and plan.loading is not None and plan.loading.view is not None:
+            seat.while_attached(partial(read_ahead, Path(plan.loading.memory_file)))
         return manifest
 
     async def go_on(self, entry: JournalEntry) -> Manifest:
@@ -107,7 +116,7 @@ class Revert:
             request,
             was_running=seat.tracker.condition.state is State.RUNNING,
             directory=seat.store.directory,
-            may_inherit=seat.launcher.inherits_descriptors,
+            parent=seat.parent,
         )
 
     def _entry(self, plan: RevertPlan) -> JournalEntry:
@@ -144,14 +153,11 @@ class Revert:
         finally:
             self._job.snapshot = plan.name
         self._job.kept = kept.name
-        fallback = await trio.to_thread.run_sync(self._plan_return, kept, plan.was_running)
+        back = partial(plan_return, kept, self._seat.parent, to_running=plan.was_running)
+        fallback = await trio.to_thread.run_sync(back)
         entry = entry.model_copy(update={"plan": plan.model_copy(update={"fallback": fallback})})
         await self._write(entry)
         return entry
-
-    def _plan_return(self, kept: Manifest, was_running: bool) -> Restore:
-        may_inherit = self._seat.launcher.inherits_descriptors
-        return plan_return(kept, to_running=was_running, may_inherit=may_inherit)
 
     async def _switch(self, entry: JournalEntry) -> None:
         """End the old QEMU, and start the new one."""
@@ -229,7 +235,8 @@ def _shown_as(kept: Manifest, fallback: Restore) -> Condition:
     return Condition.PAUSED_FROM_SNAPSHOT if fallback.to_running else Condition[kept.reason]
 
 
-def _notes(plan: Restore) -> tuple[str, ...]:
+def eager_note(plan: Restore) -> tuple[str, ...]:
+    """Why the memory is not mapped, if that was wanted."""
     return (f"memory is read eagerly: {plan.lazy_refusal}",) if plan.lazy_refusal else ()
 
 
@@ -241,7 +248,15 @@ async def finish_revert(vm: AttachedVm, plan: RevertPlan, store: VmStore) -> Non
     """
     if plan.to_running:
         await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
+    await hold_lease(vm, plan, store)
     await settle_revert(plan, store)
+
+
+async def hold_lease(vm: AttachedVm, plan: Restore, store: VmStore) -> None:
+    """Let it be known that a QEMU runs on the snapshot's files. Raises: StoreError."""
+    mapped = plan.loading is not None and plan.loading.view is not None
+    who = (plan.vm, vm.identity.pid, vm.identity.start_time_ticks)
+    await trio.to_thread.run_sync(partial(store.leases.hold, plan.name, *who, mapped=mapped))
 
 
 async def settle_revert(plan: RevertPlan, store: VmStore) -> None:

@@ -15,10 +15,18 @@ from qsnapd.model.plan import Launch, Loading, OverlayPlan, Restore, RevertPlan
 from qsnapd.model.request import Memory, RestoreRequest, RevertRequest
 from qsnapd.model.snapshot import DiskLayer, ImageFormat, Manifest
 from qsnapd.snapshot.plan import AFTER, image_stem
+from qsnapd.vm.apart_seen import renew_generation_id
 from qsnapd.vm.identity import key_of
 from qsnapd.vm.kept_ram import kept_ram_files
-from qsnapd.vm.launch import CommandLine, MovedDisk, Start, launch_of, read_command_line
-from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.launch import (
+    NOBODY,
+    CommandLine,
+    MovedDisk,
+    Parent,
+    Start,
+    launch_of,
+    read_command_line,
+)
 from qsnapd.vm.ram_options import CannotMap, map_ram
 from qsnapd.vm.readable import require_readable
 
@@ -40,7 +48,7 @@ def plan_revert(
     *,
     was_running: bool,
     directory: Path,
-    may_inherit: bool,
+    parent: Parent,
 ) -> RevertPlan:
     """Name the new overlays and compute the command line; reads file identities. Blocks.
 
@@ -50,7 +58,8 @@ def plan_revert(
     token = secrets.token_hex(4)
     overlays = tuple(plan_overlay(disk, manifest.name, token) for disk in manifest.disks)
     starts = manifest.memory is not None or request.state is not None
-    line = read_manifest_line(manifest, [o.path for o in overlays], may_inherit=may_inherit)
+    line = read_manifest_line(manifest, [o.path for o in overlays], parent)
+    line = line.changed(renew_generation_id(line.options))
     started = plan_start(manifest, request, line, token, directory, starts=starts)
     return RevertPlan(
         token=token,
@@ -67,16 +76,15 @@ def plan_revert(
     )
 
 
-def plan_return(kept: Manifest, *, to_running: bool, may_inherit: bool) -> Restore:
+def plan_return(kept: Manifest, parent: Parent, *, to_running: bool) -> Restore:
     """How the state that was just kept comes back: on the overlays made when it was kept.
 
     Nobody has written to these, because the guest has not run since. Blocks.
     Raises: Blocked, WrongState: its command line cannot be used again, and why.
     """
     token = secrets.token_hex(4)
-    line = read_manifest_line(
-        kept, [disk.overlay or disk.frozen for disk in kept.disks], may_inherit=may_inherit
-    )
+    images = [disk.overlay or disk.frozen for disk in kept.disks]
+    line = read_manifest_line(kept, images, parent)
     request = RestoreRequest(name=kept.name, memory=Memory.EAGER)
     started = plan_start(kept, request, line, token, Path("/"), starts=True)
     return Restore(
@@ -92,7 +100,7 @@ def plan_return(kept: Manifest, *, to_running: bool, may_inherit: bool) -> Resto
 
 
 def describe_launch(
-    manifest: Manifest, request: RevertRequest, launcher: Launcher
+    manifest: Manifest, request: RevertRequest, parent: Parent
 ) -> LaunchInfo:
     """Say how a revert would start QEMU, reading all memory; touches nothing. Blocks.
 
@@ -103,7 +111,7 @@ def describe_launch(
         request.model_copy(update={"memory": Memory.EAGER}),
         was_running=False,
         directory=Path("/"),
-        may_inherit=launcher.inherits_descriptors,
+        parent=parent,
     )
     launch = plan.launch
     return LaunchInfo(
@@ -130,7 +138,7 @@ def describe_launch(
 
 
 def read_manifest_line(
-    manifest: Manifest, images: Sequence[str], *, may_inherit: bool = False
+    manifest: Manifest, images: Sequence[str], parent: Parent = NOBODY
 ) -> CommandLine:
     """The recorded command line with each disk on the image given for it. Raises: Blocked."""
     disks = [
@@ -138,9 +146,7 @@ def read_manifest_line(
         for disk, image in zip(manifest.disks, images, strict=True)
     ]
     machine = manifest.machine
-    return read_command_line(
-        machine.process, machine, disks, identify=key_of, may_inherit=may_inherit
-    )
+    return read_command_line(machine.process, machine, disks, identify=key_of, parent=parent)
 
 
 def plan_start(
@@ -192,7 +198,6 @@ def _map(
         layout = read_layout(descriptor)
     finally:
         os.close(descriptor)
-    process = manifest.machine.process
     require_readable(image, manifest.machine.process)
     found = map_ram(line.options, image, layout, manifest.machine)
     return line.changed(found.options), tuple(found.blocks)

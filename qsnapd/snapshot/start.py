@@ -1,6 +1,7 @@
 """Starting a QEMU from a plan and loading its memory: what revert and clone share."""
 
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ from qsnapd.store.journal import Journal
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.kept_ram import empty_file
+from qsnapd.vm.launch import Parent
 from qsnapd.vm.launcher import Launcher, Started
 from qsnapd.vm.proc import launch_token, open_files
 from qsnapd.vm.process import KILL_LIMIT_S, kill, wait_gone
@@ -41,11 +43,13 @@ class Seat(Protocol):
     store: VmStore
     tracker: Tracker
     launcher: Launcher
+    parent: Parent
     attached: AttachedVm | None
     starting: Condition | None
 
     async def wait_attached(self) -> AttachedVm: ...
     async def wait_detached(self) -> None: ...
+    def while_attached(self, work: Callable[[], Awaitable[object]]) -> None: ...
 
 
 async def make_files(entry: JournalEntry, journal: Journal, *, qemu_img: str) -> JournalEntry:

@@ -9,6 +9,7 @@ Names of VMs and snapshots do not begin with a dot, so qsnapd's own files do.
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,15 +76,15 @@ class Store:
         Raises: StoreError.
         """
         with _naming(f"cannot read the state directory {self.state_dir}"):
-            entries = [e.name for e in os.scandir(self.state_dir) if e.is_dir()]
-        return tuple(sorted(name for name in entries if not name.startswith(".")))
+            found = [path.name for path in self.state_dir.iterdir() if path.is_dir()]
+        return tuple(sorted(name for name in found if not name.startswith(".")))
 
     def is_used(self, name: str) -> bool:
         """Whether anything is kept of a VM *name*. Raises: StoreError."""
         directory = self.state_dir / check_name(name)
         with _naming(f"cannot read {directory}"):
             try:
-                return any(os.scandir(directory))
+                return bool(os.listdir(directory))
             except FileNotFoundError:
                 return False
 
@@ -99,10 +100,14 @@ class Store:
             if not directory.exists():
                 return
             entries = sorted(directory.iterdir(), key=lambda path: path.name in _TELLING)
-            if any(entry.is_dir() for entry in entries):
-                raise StoreError(f"{directory} holds snapshots: it is not removed")
+            folders = [entry for entry in entries if entry.is_dir()]
+            if any(path.is_file() for folder in folders for path in folder.rglob("*")):
+                raise StoreError(f"{directory} holds files of snapshots: it is not removed")
+            for folder in folders:
+                shutil.rmtree(folder)
             for entry in entries:
-                entry.unlink()
+                if entry not in folders:
+                    entry.unlink()
             directory.rmdir()
             sync_directory(self.state_dir)
         self._vms.pop(name, None)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -58,6 +59,20 @@ class Leases:
         self._vm = vm
         self._path = directory / LEASES_NAME
         self._changing = Lock()
+        self._readers: list[tuple[str, str]] = []
+
+    @contextmanager
+    def reading(self, snapshot: str, what: str) -> Iterator[None]:
+        """Keep the files of *snapshot* for the block, in which this daemon reads them.
+
+        *what* is it that does so, e.g. "an export".
+        """
+        reader = (snapshot, what)
+        self._readers.append(reader)
+        try:
+            yield
+        finally:
+            self._readers.remove(reader)
 
     def hold(
         self, snapshot: str, holder: str, pid: int, start_time_ticks: int, *, mapped: bool
@@ -84,6 +99,10 @@ class Leases:
             if kept != known:
                 self._write(kept)
 
+    def all(self) -> tuple[Lease, ...]:
+        """The leases whose processes live, oldest first. Raises: StoreError."""
+        return self._true()
+
     def holders(self, snapshot: str) -> tuple[Lease, ...]:
         """The leases of *snapshot* whose processes live, oldest first. Raises: StoreError."""
         return tuple(lease for lease in self._true() if lease.snapshot == snapshot)
@@ -103,9 +122,11 @@ class Leases:
         }
         for pid in mapped_by(image) if image is not None else ():
             users.setdefault(pid, f"process {pid} ({_program(pid)}) maps its memory image")
-        if users:
+        readers = [f"{what} reads its files" for name, what in self._readers if name == snapshot]
+        if users or readers:
             raise WrongState(
-                f"snapshot {snapshot} of VM {self._vm} is in use: {'; '.join(users.values())}"
+                f"snapshot {snapshot} of VM {self._vm} is in use: "
+                f"{'; '.join([*users.values(), *readers])}"
             )
 
     def _true(self) -> tuple[Lease, ...]:

@@ -35,8 +35,8 @@ def become_qemu(pending: Pending, words: Sequence[str], tell: Callable[[str], No
     launch = plan.launch
     tell(f"running what qsnapd has planned for VM {plan.vm} (plan {launch.token}), once")
     try:
-        _change_user(launch)
         os.chdir(launch.cwd)
+        _change_user(launch)
         environment = {**os.environ, **dict(launch.environment), "PWD": launch.cwd}
         _execute(launch.executable, launch.argv, environment)
     except OSError as exc:

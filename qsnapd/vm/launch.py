@@ -7,14 +7,14 @@ What cannot be started again the same way is refused here, before anything is en
 import json
 import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from qsnapd.errors import Blocked
 from qsnapd.model.plan import Launch
 from qsnapd.model.snapshot import FileIdentity, Machine, Process
 from qsnapd.vm.argv import Fields, Option, parse_options, words_of
-from qsnapd.vm.descriptors import refuse_descriptors
+from qsnapd.vm.descriptors import apply_instead, refuse_descriptors
 from qsnapd.vm.disk_options import DiskOptions, Mention
 from qsnapd.vm.proc import ARGV_VARIABLE, TOKEN_VARIABLE
 
@@ -39,6 +39,19 @@ class Start(Enum):
     BOOT = ()
     HALTED = (Option("S"),)
     """Boots as soon as it is told to run."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What whoever starts a QEMU has for it that its command line cannot repeat."""
+
+    inherits_descriptors: bool = False
+    """They come from above, the same as before."""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    """What the configuration puts in place of options; see `vm.descriptors`."""
+
+
+NOBODY = Parent()
 
 
 @dataclass(frozen=True)
@@ -69,19 +82,19 @@ def read_command_line(
     disks: Sequence[MovedDisk],
     *,
     identify: Identify,
-    may_inherit: bool = False,
+    parent: Parent = NOBODY,
 ) -> CommandLine:
     """Read how *process* was started, with *disks* on their overlays and the machine pinned.
 
     What belonged to one start only is gone (`-incoming`, `-loadvm`, `-S`). Everything else
     is as recorded: sockets, names, log files. Descriptors that its parent had passed are
-    refused, unless the next one *may_inherit* the same.
+    refused, unless *parent*, the next one, passes them again or has something instead.
 
     Raises: Blocked: it cannot be started the same way; says which disk or option, and why.
     """
-    options = parse_options(process.argv[1:])
+    options = apply_instead(parse_options(process.argv[1:]), parent.instead)
     for option in options:
-        _refuse(option, may_inherit=may_inherit)
+        _refuse(option, parent)
     options = [option for option in options if option.name not in _STALE]
     cwd = process.cwd
     disk_options = DiskOptions(options)
@@ -121,12 +134,12 @@ def launch_of(
     )
 
 
-def _refuse(option: Option, *, may_inherit: bool) -> None:
+def _refuse(option: Option, parent: Parent) -> None:
     if option.name in _REFUSED:
         raise Blocked(f"{option}: {_REFUSED[option.name]}")
     if option.name == "set" and (option.value or "").startswith("drive."):
         raise Blocked(f"{option}: write this into the -drive itself, qsnapd changes only that")
-    if not may_inherit:
+    if not parent.inherits_descriptors:
         refuse_descriptors(option)
 
 

@@ -60,7 +60,13 @@ class Launcher(Protocol):
         """
 
     async def abandon(self) -> None:
-        """Withdraw what was prepared, if it has not run yet. Idempotent. Raises: StoreError."""
+        """Withdraw what was prepared, if it has not run yet. Idempotent; never raises."""
+
+    async def keep_off(self) -> None:
+        """See to it that the VM, if it runs, is not started again as soon as it has ended.
+
+        It may be ended by that. Raises: VmError.
+        """
 
     async def start(self, launch: Launch, log: Path) -> Started:
         """Start QEMU, or find that somebody else has just started what was prepared.
@@ -93,6 +99,9 @@ class Manual:
 
     async def abandon(self) -> None:
         """Nothing was arranged."""
+
+    async def keep_off(self) -> None:
+        """Nobody starts it unasked."""
 
     async def start(self, launch: Launch, log: Path) -> "Awaited":
         """Do nothing: the caller shows `instruction` and waits for the monitor."""

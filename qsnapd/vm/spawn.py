@@ -34,6 +34,9 @@ class Spawn:
     async def abandon(self) -> None:
         """Nothing was arranged."""
 
+    async def keep_off(self) -> None:
+        """Nobody starts it unasked."""
+
     async def start(self, launch: Launch, log: Path) -> "Spawned":
         """Start QEMU with what it complains of in *log*.
 

@@ -5,13 +5,14 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from qsnapd.errors import Blocked, QsnapError, SessionLost, VmError
+from qsnapd.errors import Blocked, QsnapError, SessionLost, StoreError, VmError
 from qsnapd.model.plan import Launch
 from qsnapd.store.pending import Deadline, NewestDisk, Pending, PendingPlan
 from qsnapd.vm.argv import parse_options
@@ -47,6 +48,9 @@ class SystemdRun:
 
     async def abandon(self) -> None:
         """Nothing was arranged."""
+
+    async def keep_off(self) -> None:
+        """Nobody starts it unasked."""
 
     async def start(self, launch: Launch, log: Path) -> "InUnit":
         """Start QEMU in a unit; it has been executed on return. Its words go to the journal.
@@ -100,8 +104,15 @@ class Unit:
         await trio.to_thread.run_sync(self._pending.put, plan)
 
     async def abandon(self) -> None:
-        """Withdraw what was prepared. Raises: StoreError."""
-        await trio.to_thread.run_sync(self._pending.withdraw)
+        """Withdraw what was prepared. Never raises: a failure is logged."""
+        try:
+            await trio.to_thread.run_sync(self._pending.withdraw)
+        except StoreError as exc:
+            _log.warning("VM %s: what was planned for its unit may still run: %s", self._vm, exc)
+
+    async def keep_off(self) -> None:
+        """Stop the unit, and QEMU with it, if it is up. Raises: VmError."""
+        await trio.to_thread.run_sync(systemctl, "stop", "--", self._unit)
 
     async def start(self, launch: Launch, log: Path) -> "InUnit":
         """Start the unit, unless it has been started again already.
@@ -138,8 +149,9 @@ class Unit:
         return None
 
     def _start(self) -> None:
-        # Many reverts in a row are no reason to refuse the next (StartLimitBurst=).
-        systemctl("reset-failed", "--", self._unit)
+        with suppress(VmError):  # systemd may have forgotten it, which is as good
+            # Many reverts in a row are no reason to refuse the next (StartLimitBurst=).
+            systemctl("reset-failed", "--", self._unit)
         deadline_s = time.monotonic() + NOTICE_LIMIT_S
         while True:
             systemctl("start", "--no-block", "--", self._unit)

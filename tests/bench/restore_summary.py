@@ -9,8 +9,8 @@ from tests.bench.summary import Line
 
 LAZY_LOAD_MS = 20.0
 """What a lazy restore may take beyond QEMU's own start."""
-FLAT = 1.5
-"""How much longer the load of the largest VM may take than that of the smallest."""
+FLAT_MS = 5.0
+"""How much longer a lazy load may take for the largest VM than for the smallest."""
 
 MEASURES = (
     ("request to first word", "word_ms"),
@@ -43,7 +43,7 @@ def values_by_clones(measurements: Sequence[Measurement], subject: str, measure:
 def summarize_restores(measurements: Sequence[Measurement]) -> list[Line]:
     """Return the lines about restores, in the order in which they are read best."""
     lines: list[Line] = []
-    for qemu in dict.fromkeys(m.qemu for m in measurements if m.ram_mib is not None):
+    for qemu in dict.fromkeys(m.qemu for m in measurements):
         of_qemu = [m for m in measurements if m.qemu == qemu]
         for quantity, measure in MEASURES:
             for half in (True, False):
@@ -70,11 +70,12 @@ def _clones(measurements: Sequence[Measurement]) -> list[Line]:
 def _by_size(
     measurements: Sequence[Measurement], quantity: str, measure: str, mode: str, half: bool
 ) -> list[Line]:
-    subject = name_of(mode, half=half)
+    found = values_by_ram(measurements, name_of(mode, half=half), measure)
     target = LAZY_LOAD_MS if (mode, measure) == ("lazy", "load_ms") else None
+    rest = "" if half else ", nearly empty"
     return [
-        Line(measurements[0].qemu, quantity, f"{subject}, {mib / 1024:g} GiB", values, "ms", target)
-        for mib, values in values_by_ram(measurements, subject, measure).items()
+        Line(measurements[0].qemu, quantity, f"{mode}, {_gib(mib)}{rest}", values, "ms", target)
+        for mib, values in found.items()
     ]
 
 
@@ -84,6 +85,10 @@ def _flatness(measurements: Sequence[Measurement], subject: str) -> list[Line]:
         return []
     smallest, *_, largest = loads
     of_smallest = statistics.median(loads[smallest])
-    ratios = tuple(value / of_smallest for value in loads[largest])
-    quantity = f"load, {largest / 1024:g} / {smallest / 1024:g} GiB"
-    return [Line(measurements[0].qemu, quantity, subject, ratios, target=FLAT)]
+    more_ms = tuple(value - of_smallest for value in loads[largest])
+    quantity = f"load, {_gib(largest)} less {_gib(smallest)}"
+    return [Line(measurements[0].qemu, quantity, subject, more_ms, "ms", FLAT_MS)]
+
+
+def _gib(mib: int) -> str:
+    return f"{mib / 1024:g} GiB" if mib >= 512 else f"{mib} MiB"

@@ -41,7 +41,7 @@ class RestoreScale:
 
 def name_of(mode: str, *, half: bool) -> str:
     """Call a subject by how its memory gets into QEMU, and how much of its RAM is in use."""
-    return f"{mode}, {'half' if half else 'little'} in use"
+    return f"{mode}, half in use" if half else f"{mode}, nearly empty"
 
 
 @asynccontextmanager

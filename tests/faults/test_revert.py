@@ -10,8 +10,10 @@ from qsnapd.model.job import JobKind
 from qsnapd.model.request import RevertRequest
 from qsnapd.model.snapshot import Strategy
 from qsnapd.model.state import Condition
+from qsnapd.snapshot.preflight import Preflight
 from qsnapd.snapshot.revert import KEPT, Revert
 from qsnapd.vm.attached import AttachedVm
+from qsnapd.vm.launch import NOBODY
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.spawn import Spawn
 from tests.faults.inline import run_program_here
@@ -32,6 +34,7 @@ class OneVm:
         self.store = scene.store
         self.tracker = scene.vm.tracker
         self.launcher: Launcher = Spawn()
+        self.parent = NOBODY
         self.attached: AttachedVm | None = scene.vm
 
     async def wait_attached(self) -> AttachedVm:
@@ -39,6 +42,9 @@ class OneVm:
 
     async def wait_detached(self) -> None:
         raise AssertionError("the old QEMU is not ended here")
+
+    def while_attached(self, work: object) -> None:
+        raise AssertionError("nothing is attached here")
 
 
 class Switched(Exception):
@@ -50,9 +56,10 @@ async def switch_nothing(*_arguments: object) -> None:
     raise Switched
 
 
-async def see_nothing_wrong(*_manifest: object, **_options: object) -> None:
+async def see_nothing_wrong(*_manifest: object, **_options: object) -> Preflight:
     """In place of the preflight, which starts a QEMU to ask it."""
     await trio.lowlevel.checkpoint()
+    return Preflight((), (), None)
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,9 @@ async def restore(manifest: Path, qemu: Qemu, folder: Path, vm: Vm) -> None:
                 if old:
                     continue
                 arguments = {"uri": f"file:{memory}"}
+            if name == "cont":  # sent earlier, it is overruled by what the image says
+                while (await monitor.execute("query-migrate")).get("status") != "completed":
+                    pass  # each question takes a moment
             await monitor.execute(name, **arguments)
 
 

@@ -1,12 +1,17 @@
 """RAM as a private mapping of a memory image: the guest notices nothing, and the image neither."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from qsnapd.errors import ImageInvalid
+from qsnapd.image import mapped_ram
+from qsnapd.image.mapped_ram import Writes
+from qsnapd.image.punch import punch
 from qsnapd.model.request import CreateRequest
-from qsnapd.model.snapshot import ImageFormat, Manifest, Strategy
+from qsnapd.model.snapshot import ImageFormat, Machine, Manifest, Process, Strategy
 from tests.guests.pages import check_ram
 from tests.harness import Pages, Slots, Vm, open_vm
 from tests.real.cases import NEWEST, TWO_DISKS, VM
@@ -57,6 +62,56 @@ SPELLINGS = {
         *("-machine", "pc-i440fx-3.1,memory-backend=m0"),
     ),
 }
+
+
+SLOW_BYTES_PER_S = 8 << 20
+
+
+async def test_pages_that_became_zero_while_memory_was_saved(tmp_path: Path) -> None:
+    """Linux saved slowly as it boots, with a kernel that clears what it frees."""
+    image = tmp_path / "memory.img"
+    guest = Slots(memory_mib=16, dirty_mib_s=50, kernel_options="init_on_free=1 ignore_loglevel")
+    async with open_vm(NEWEST, guest, memory_mib=MEMORY_MIB) as vm:
+        await save_slowly(vm, image)
+        machine = await machine_of(vm)
+        await vm.kill()
+        with image.open("r+b") as file:
+            fd = file.fileno()
+            os.fsync(fd)
+            with pytest.raises(ImageInvalid, match="that its bitmap leaves out"):
+                mapped_ram.verify(fd, None, Writes.ONCE)
+            assert punch(fd)
+            mapped_ram.verify(fd, None, Writes.ONCE)
+        before, mark = sha256(image), len(vm.log_lines())
+        await start_mapped(vm, image, machine)
+        await vm.execute("cont")
+        await vm.wait_checked(since=mark)
+        assert vm.slots_report(mark).fine
+        assert sha256(image) == before
+
+
+async def save_slowly(vm: Vm, image: Path) -> None:
+    """Save by precopy, from the kernel's first words until the guest is at work."""
+    await vm.wait_line(lambda line: "Linux version" in line)
+    async with vm.monitor() as monitor:
+        capabilities = [{"capability": c, "state": True} for c in ("events", "mapped-ram")]
+        await monitor.execute("migrate-set-capabilities", capabilities=capabilities)
+        slow = {"max_bandwidth": SLOW_BYTES_PER_S, "downtime_limit": 1}
+        await monitor.execute("migrate-set-parameters", **slow)
+        await monitor.execute("migrate", uri=f"file:{image}")
+        await vm.wait_line(lambda line: line.startswith("OK"))
+        fast = {"max_bandwidth": 1 << 40, "downtime_limit": 5000}
+        await monitor.execute("migrate-set-parameters", **fast)
+        status = ""
+        while status != "completed":
+            status = (await monitor.wait_event("MIGRATION"))["data"]["status"]
+            assert status != "failed"
+
+
+async def machine_of(vm: Vm) -> Machine:
+    type_ = await vm.execute("qom-get", path="/machine", property="type")
+    process = Process(exe=vm.argv[0], argv=vm.argv, cwd="/", uid=0, gid=0)
+    return Machine(type=type_.removesuffix("-machine"), ram_bytes=RAM_BYTES, process=process)
 
 
 async def checkpoint(vm: Vm, state_dir: Path, strategy: Strategy) -> Manifest:

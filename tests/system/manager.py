@@ -1,8 +1,10 @@
 """A real systemd for tests: process 1 of namespaces of its own, ended with all it started.
 
-It sees this host's files, but has its own /run, /var/lib and cgroups, and units of ours only.
+It sees this host's files, but has a /run, /etc, /var/lib and cgroups of its own, and units of
+ours only.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -57,11 +59,12 @@ set -e
 umount -R /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 for folder in /run /var/lib /var/log; do mount -t tmpfs tmpfs "$folder"; done
-# what systemd sets up on a host it has to itself
-for folder in /etc /proc/sys; do
-    mount --bind "$folder" "$folder"
-    mount -o remount,bind,ro "$folder"
-done
+# what systemd sets up, or says, on a host that it has to itself
+cp -a /etc /run/etc
+mount --bind /run/etc /etc
+mount --bind /proc/sys /proc/sys
+mount -o remount,bind,ro /proc/sys
+mount --bind /dev/null /dev/kmsg
 mkdir -p /run/systemd/system
 # the users of a service may not get to where we have these
 bind() { mkdir -p "$2"; mount --bind "$1" "$2"; }
@@ -73,10 +76,13 @@ exec env -i container=tests PATH="$PATH" NOTIFY_SOCKET="$NOTIFY_SOCKET" \
     SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/run/none \
     /lib/systemd/systemd --system --unit=tests.target --log-target=console --show-status=no
 """
-QSNAPD = """#!/bin/sh
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/run/project:/run/packages exec /run/python/bin/python3 \
-    -c 'from qsnapd.cli.daemon import main; main()' "$@"
+PROGRAM = """#!/bin/sh
+export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/run/project:/run/packages
+export LD_LIBRARY_PATH=/run/python/lib
+exec /run/python/bin/python3 \
+    -c 'from qsnapd.cli.{module} import main; main()' "$@"
 """
+PROGRAMS = {"qsnapd": "daemon", "qsnapctl": "main"}
 NAMESPACES = ("--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--cgroup", "--ipc")
 
 
@@ -87,7 +93,7 @@ class Manager:
         self.folder = folder
         """Open to everybody, and gone with the manager."""
         self.qsnapd = folder / "qsnapd"
-        """The program, as any user can run it."""
+        """The program, as any user of the namespaces can run it; beside it is qsnapctl."""
         self._units = folder / "units"
         self._pid = pid
 
@@ -138,6 +144,28 @@ class Manager:
         (self._units / name).write_text(_unindented(text))
         await self.systemctl("daemon-reload")
 
+    async def serve(self, config: Path) -> None:
+        """Run the daemon as its own unit file has it; it is ready on return."""
+        text = (ROOT / "systemd" / "qsnapd.service").read_text()
+        text = text.replace("/usr/bin/qsnapd", str(self.qsnapd))
+        text = text.replace("/etc/qsnapd/qsnapd.toml", str(config))
+        await self.install("qsnapd.service", text)
+        await self.systemctl("start", "qsnapd.service")
+
+    async def ctl(self, line: str) -> str:
+        """Run `qsnapctl LINE` and return what it said."""
+        return (await self.run(self.folder / "qsnapctl", *line.split())).stdout.decode()
+
+    async def wait_attached(self, vm: str) -> None:
+        """Wait until the daemon is up and has found *vm*."""
+        with trio.fail_after(COMMAND_LIMIT_S):
+            while True:  # each question takes a moment
+                asked = await self.run(
+                    self.folder / "qsnapctl", "--json", "dominfo", vm, status=None
+                )
+                if asked.returncode == 0 and json.loads(asked.stdout)["connected"]:
+                    return
+
 
 @asynccontextmanager
 async def open_manager() -> AsyncIterator[Manager]:
@@ -147,11 +175,7 @@ async def open_manager() -> AsyncIterator[Manager]:
     folder = Path(tempfile.mkdtemp(prefix="sd"))
     cgroup = _make_cgroup(folder.name)
     try:
-        _write_units(folder / "units", JOURNAL)
-        folder.chmod(0o755)
-        (folder / "boot").write_text(BOOT)
-        (folder / "qsnapd").write_text(QSNAPD)
-        (folder / "qsnapd").chmod(0o755)
+        _fill(folder)
         notify = folder / "notify"
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             await ready.bind(str(notify))
@@ -193,12 +217,18 @@ async def open_manager() -> AsyncIterator[Manager]:
         shutil.rmtree(folder)
 
 
-def _write_units(folder: Path, units: Mapping[str, str]) -> None:
-    folder.mkdir()
+def _fill(folder: Path) -> None:
+    folder.chmod(0o755)
+    (folder / "boot").write_text(BOOT)
+    for program, module in PROGRAMS.items():
+        (folder / program).write_text(PROGRAM.format(module=module))
+        (folder / program).chmod(0o755)
+    units = folder / "units"
+    units.mkdir()
     for target in TARGETS:
-        (folder / target).write_text("[Unit]\nDefaultDependencies=no\n")
-    for name, text in units.items():
-        (folder / name).write_text(_unindented(text))
+        (units / target).write_text("[Unit]\nDefaultDependencies=no\n")
+    for name, text in JOURNAL.items():
+        (units / name).write_text(_unindented(text))
 
 
 def _unindented(text: str) -> str:
@@ -217,13 +247,18 @@ def _make_cgroup(name: str) -> Path:
 
 
 async def _remove_cgroup(cgroup: Path) -> None:
-    for path in sorted(cgroup.glob("**/"), reverse=True):
+    for path in _folders(cgroup):
         while True:
             try:
                 path.rmdir()
                 break
             except OSError:  # a process in it has ended, and is not yet reaped
                 await trio.sleep(0.01)
+
+
+def _folders(top: Path) -> list[Path]:
+    """Return *top* and all below it, innermost first."""
+    return sorted((path for path in top.glob("**/")), reverse=True)
 
 
 def _only_child(pid: int) -> int:

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+import trio
 
 from qsnapd.model.plan import Launch
-from qsnapd.store.pending import Deadline, Pending, PendingPlan
-from qsnapd.vm.proc import TOKEN_VARIABLE, launch_token
+from qsnapd.model.snapshot import FileIdentity
+from qsnapd.store.pending import Deadline, NewestDisk, Pending, PendingPlan
+from qsnapd.vm.proc import TOKEN_VARIABLE, launch_token, open_files
 from tests.harness import Pages, Vm, open_vm
 from tests.parts import ROOT, qemu_versions
 from tests.system import launching
@@ -83,6 +85,14 @@ def variable(pid: int, name: str) -> str | None:
     return next((e.removeprefix(f"{name}=") for e in entries if e.startswith(f"{name}=")), None)
 
 
+def user_of(pid: int) -> int:
+    return Path(f"/proc/{pid}").stat().st_uid
+
+
+def cgroup_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cgroup").read_text()
+
+
 async def test_transient_unit_outlives_us(manager: Manager, vm: Vm) -> None:
     give_to_nobody(vm)
     odd = [f"opt/{number},string=[{word}]" for number, word in enumerate(ODD_WORDS)]
@@ -95,8 +105,8 @@ async def test_transient_unit_outlives_us(manager: Manager, vm: Vm) -> None:
     assert launch_token(vm.pid) == plan.token
     assert variable(vm.pid, "XDG_ODD") == 'a %n "$HOME" \\x'
     assert os.readlink(f"/proc/{vm.pid}/cwd") == str(vm.folder)
-    assert Path(f"/proc/{vm.pid}").stat().st_uid == NOBODY
-    assert unit in Path(f"/proc/{vm.pid}/cgroup").read_text()
+    assert user_of(vm.pid) == NOBODY
+    assert unit in cgroup_of(vm.pid)
     assert (await vm.execute("query-status"))["running"]
 
 
@@ -124,6 +134,17 @@ UNIT_TEXT = """
     """
 
 
+def config_of(manager: Manager) -> Path:
+    return manager.folder / "qsnapd.toml"
+
+
+def write_config(manager: Manager, vm: Vm, more: str) -> None:
+    config_of(manager).write_text(
+        f'[daemon]\nstate_dir = "{manager.folder}/state"\nqemu_img = "{NEWEST.img}"\n'
+        f'[vm.web]\nqmp = "{vm.qmp}"\n{more}'
+    )
+
+
 async def install(
     manager: Manager,
     vm: Vm,
@@ -133,20 +154,19 @@ async def install(
     restart: str = "no",
 ) -> Pending:
     """Make the VM a service of its own, which runs *words*."""
-    folder = manager.folder
-    config = folder / "qsnapd.toml"
-    config.write_text(
-        f'[daemon]\nstate_dir = "{folder}/state"\n[vm.web]\nqmp = "{vm.qmp}"\n'
-        f'launcher = "unit"\nunit = "{UNIT}"\n'
-    )
+    write_config(manager, vm, f'launcher = "unit"\nunit = "{UNIT}"\n')
     quoted = " ".join('"' + word.replace("%", "%%").replace("$", "$$") + '"' for word in words)
     await manager.install(
         UNIT,
         UNIT_TEXT.format(
-            wrapper=manager.qsnapd, config=config, words=quoted, user=user, restart=restart
+            wrapper=manager.qsnapd,
+            config=config_of(manager),
+            words=quoted,
+            user=user,
+            restart=restart,
         ),
     )
-    return Pending.of(folder / "state-pending", "web")
+    return Pending.of(manager.folder / "state-pending", "web")
 
 
 def named(vm: Vm, name: str) -> tuple[str, ...]:
@@ -208,7 +228,109 @@ async def test_unit_is_started_by_us(
     assert await launch(manager, vm, plan, "unit", pending_dir) == ""
     pid = await manager.main_pid(UNIT)
     assert (name_of(pid), launch_token(pid)) == ("planned", plan.token)
-    assert Path(f"/proc/{pid}").stat().st_uid == user
+    assert user_of(pid) == user
     assert pending.read() is None
-    if user:
-        assert pending.folder.path.stat().st_uid == NOBODY
+    assert os.stat(pending.folder.path).st_uid == user
+
+
+async def test_unit_whose_plan_fails(manager: Manager, vm: Vm) -> None:
+    """What went wrong is told in QEMU's words, and nothing is left that would run later."""
+    pending = await install(manager, vm, named(vm, "as-given"))
+    plan = launch_of(vm, (*in_foreground(vm), "-nonsense"))
+    pending.put(PendingPlan(vm="web", launch=plan, until=Deadline.after(60)))
+    words = await launch(manager, vm, plan, "unit", pending.folder.path.parent)
+    assert "-nonsense: invalid option" in words
+    assert vm.pids() == []
+    assert pending.read() is None
+
+
+async def test_unit_that_cannot_run_plans(manager: Manager, vm: Vm) -> None:
+    await manager.install("plain.service", "[Service]\nExecStart=/bin/sleep 999\n")
+    await install(manager, vm, named(vm, "as-given"))
+    for unit, vm_name, expected in (
+        ("none.service", "web", "not-found"),
+        ("plain.service", "web", "its ExecStart= must be `/usr/bin/qsnapd exec web -- `"),
+        (UNIT, "other", "its ExecStart= must be `/usr/bin/qsnapd exec other -- `"),
+        (UNIT, "web", "fine"),
+    ):
+        code = (
+            "import sys; from qsnapd.vm.systemd import require_wrapper; "
+            "require_wrapper(*sys.argv[1:]); sys.exit('fine')"
+        )
+        program = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code]
+        done = await manager.run(*program, unit, vm_name, status=1)
+        assert expected in done.stderr.decode()
+
+
+async def test_unit_uses_the_newest_images(manager: Manager, vm: Vm) -> None:
+    """After a snapshot the image that the unit names is frozen, and left alone."""
+    base, overlay = vm.folder / "base.qcow2", vm.folder / "overlay.qcow2"
+    words = (*in_foreground(vm), "-drive", f"file={base},if=virtio,format=qcow2")
+    pending = await install(manager, vm, words, restart="always")
+    create = [NEWEST.img, "create", "-q", "-f", "qcow2"]
+    await trio.run_process([str(word) for word in (*create, base, "1M")])
+    await manager.systemctl("start", UNIT)
+    await vm.wait_line(lambda line: True)
+    first = await manager.main_pid(UNIT)
+    assert base in open_names(first)
+
+    await trio.run_process(
+        [str(word) for word in (*create, "-F", "qcow2", "-b", base, overlay)]
+    )
+    chain = tuple(identity_of(path) for path in (overlay, base))
+    pending.note([NewestDisk(target="vda", chain=chain)], uid=0, gid=0)
+    await vm.kill()
+    second = await wait_restarted(manager, vm, first)
+    assert {base, overlay} <= open_names(second)
+    assert f"using {overlay} in place of {base}" in await manager.journal(UNIT)
+
+
+def identity_of(path: Path) -> FileIdentity:
+    status = path.stat()
+    return FileIdentity(path=str(path), device=status.st_dev, inode=status.st_ino)
+
+
+def open_names(pid: int) -> set[Path]:
+    return {Path(name) for name in open_files(pid).values()}
+
+
+async def test_revert_by_way_of_the_vms_own_unit(manager: Manager, vm: Vm) -> None:
+    await install(manager, vm, named(vm, "as-given"), restart="always")
+    await manager.systemctl("start", UNIT)
+    await vm.wait_line(lambda line: True)
+    first = await manager.main_pid(UNIT)
+    await manager.serve(config_of(manager))
+    await manager.wait_attached("web")
+    await manager.ctl("snapshot-create-as web s1")
+    for _ in range(2):
+        mark = len(vm.log_lines())
+        await manager.ctl("snapshot-revert web s1 --discard")
+        assert await manager.ctl("domstate web --reason") == "running (from snapshot)\n"
+        second = await manager.main_pid(UNIT)
+        assert second != first
+        assert vm.pids() == [second]
+        assert launch_token(second) is not None
+        assert UNIT in cgroup_of(second)
+        await vm.wait_line(lambda line: True, since=mark)
+        first = second
+
+
+@pytest.mark.parametrize("launcher", ["spawn", "systemd-run"])
+async def test_reverted_vm_outlives_the_service(manager: Manager, vm: Vm, launcher: str) -> None:
+    write_config(manager, vm, f'launcher = "{launcher}"\n')
+    await manager.run(*vm.argv)
+    await manager.serve(config_of(manager))
+    await manager.wait_attached("web")
+    await manager.ctl("snapshot-create-as web s1")
+    await manager.ctl("snapshot-revert web s1 --discard")
+    pid = vm.pid
+    await manager.systemctl("stop", "qsnapd.service")
+    assert vm.pids() == [pid]
+    await manager.systemctl("start", "qsnapd.service")
+    await manager.wait_attached("web")
+    await manager.systemctl("kill", "--signal=KILL", "--kill-who=main", "qsnapd.service")
+    assert vm.pids() == [pid]
+    assert (await vm.execute("query-status"))["running"]
+    await manager.wait_attached("web")
+    await manager.ctl("snapshot-revert web s1 --discard")
+    assert vm.pid != pid

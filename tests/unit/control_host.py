@@ -19,13 +19,14 @@ from qsnapd.errors import (
     UnknownSnapshot,
     UnknownVm,
     VmBusy,
+    VmExists,
     WrongState,
 )
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo, JobKind, Phase
 from qsnapd.model.launch import LaunchInfo, NewOverlay
 from qsnapd.model.plan import Loading
-from qsnapd.model.request import CreateRequest, RevertRequest
+from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
 from qsnapd.model.snapshot import (
     DiskLayer,
     ImageFormat,
@@ -43,6 +44,7 @@ from qsnapd.model.transfer import (
     ImportRequest,
     TransferProgress,
 )
+from qsnapd.model.verification import Check, Outcome, Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 from qsnapd.snapshot.meter import Tell
 
@@ -147,7 +149,7 @@ class FakeHost:
         self.current_name: str | None = "s2"
         self.running: FakeJob | None = None
         self.ended: FakeJob | None = None
-        self.requests: list[CreateRequest | RevertRequest] = []
+        self.requests: list[CreateRequest | RevertRequest | CloneRequest] = []
         self.transfers: list[ExportRequest | ImportRequest] = []
         self.read: list[bytes] = []
         """What came through the descriptors of imports."""
@@ -155,6 +157,12 @@ class FakeHost:
         self.go_on.set()
         self.started = trio.Event()
         self.subscribed = trio.Event()
+        self.verdict: Check | None = Check(
+            what="memory image", outcome=Outcome.SOUND, detail="12 bytes"
+        )
+        """What every verification finds; None: it has no end."""
+        self.verifying = trio.Event()
+        self.left = trio.Event()
         self._subscribers: set[trio.MemorySendChannel[Event]] = set()
 
     def vms(self) -> tuple[VmInfo, ...]:
@@ -198,6 +206,16 @@ class FakeHost:
         if request.name not in self.manifests:
             raise UnknownSnapshot(f"VM {name} has no snapshot {request.name!r}")
         return self._start(name, JobKind.REVERT, request, self.manifests[request.name])
+
+    async def clone(self, name: str, request: CloneRequest) -> FakeJob:
+        if request.clone == "vm2":
+            raise VmExists("there is a VM 'vm2' already")
+        return self._start(name, JobKind.CLONE, request, self.manifests[request.name])
+
+    async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
+        if name != "vm2":
+            raise WrongState(f"VM {name} is no clone: it is in the configuration file")
+        return ("/run/vm2.sock", *(("/d/vm2.qcow2",) if remove_storage else ()))
 
     async def start(self, name: str) -> FakeJob:
         request = RevertRequest(name="s1")
@@ -260,9 +278,30 @@ class FakeHost:
             raise WrongState(f"no job runs on VM {name}")
         self.running.cancel()
 
+    async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
+        self.vm(name)
+        if snapshot not in self.manifests:
+            raise UnknownSnapshot(f"VM {name} has no snapshot {snapshot!r}")
+        self.verifying.set()
+        if self.verdict is None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                self.left.set()
+        return Verification(
+            vm=name,
+            snapshot=snapshot,
+            deep=deep,
+            sound=self.verdict.outcome is not Outcome.WRONG,
+            checks=(self.verdict,),
+        )
+
     def snapshots(self, name: str) -> tuple[Manifest, ...]:
         self.vm(name)
         return tuple(self.manifests.values()) if name == "vm1" else ()
+
+    def users(self, name: str) -> dict[str, tuple[str, ...]]:
+        return {"s1": ("web2",)}
 
     def current(self, name: str) -> str | None:
         return self.current_name if name == "vm1" else None
@@ -288,7 +327,11 @@ class FakeHost:
         return len(self._subscribers)
 
     def _start(
-        self, name: str, kind: JobKind, request: CreateRequest | RevertRequest, result: Manifest
+        self,
+        name: str,
+        kind: JobKind,
+        request: CreateRequest | RevertRequest | CloneRequest,
+        result: Manifest,
     ) -> FakeJob:
         self.vm(name)
         if self.running is not None:

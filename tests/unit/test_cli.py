@@ -146,7 +146,7 @@ async def test_snapshot_tree(served: Served) -> None:
 
 async def test_snapshot_info(served: Served) -> None:
     lines = (await run(served, "snapshot-info vm1 s1")).splitlines()
-    assert lines[:9] == [
+    assert lines[:10] == [
         "Name:           s1",
         "Domain:         vm1",
         "Current:        no",
@@ -156,6 +156,7 @@ async def test_snapshot_info(served: Served) -> None:
         "Children:       1",
         "Descendants:    1",
         "Metadata:       yes",
+        "In use by:      web2",
     ]
     assert "Paused:         12.5 ms" in lines
     told = json.loads(await run(served, "snapshot-info --current vm1 --json"))

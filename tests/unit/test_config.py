@@ -32,6 +32,36 @@ def test_an_empty_file_is_a_configuration(tmp_path: Path) -> None:
     assert load(tmp_path, "") == config.Config()
 
 
+def test_paths_follow_others(tmp_path: Path) -> None:
+    daemon = load(tmp_path, "[daemon]\nstate_dir = '/a/'\nruntime_dir = '/b'").daemon
+    assert daemon.pending_dir == Path("/a-pending")
+    assert daemon.socket == Path("/b/io.qsnapd")
+    given = "[daemon]\nstate_dir = '/a'\npending_dir = '/c'"
+    assert load(tmp_path, given).daemon.pending_dir == Path("/c")
+
+
+def test_every_launcher_has_a_sample(tmp_path: Path) -> None:
+    vm = load(
+        tmp_path,
+        """
+        [vm.a]
+        qmp = "/a"
+        launcher = "unit"
+        unit = "qemu@a\\x2db.service"
+        [vm.a.instead]
+        "netdev=net0" = "user,id=net0"
+        [vm.b]
+        qmp = "/b"
+        launcher = "systemd-run"
+        properties = ["Slice=machine.slice"]
+        start_limit_s = 5
+        """.replace("\\", "\\\\"),
+    ).vm
+    assert vm["a"].unit == "qemu@a\\x2db.service"
+    assert vm["a"].instead == {"netdev=net0": "user,id=net0"}
+    assert vm["b"].properties == ("Slice=machine.slice",)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -47,6 +77,11 @@ def test_an_empty_file_is_a_configuration(tmp_path: Path) -> None:
         ("[daemon]\nlog_level = 'loud'", "daemon.log_level: Input should be 'debug', 'info'"),
         ("[vm.a]\nqmp = '/x'\n[vm.b]\nqmp = '/x'", "vm.a and vm.b share the monitor /x"),
         ("[daemon", "is not valid TOML: "),
+        ("[vm.a]\nqmp = '/x'\nlauncher = 'unit'", "needs unit ="),
+        ("[vm.a]\nqmp = '/x'\nunit = 'a.service'", "unit is given, but launcher is"),
+        ("[vm.a]\nqmp = '/x'\nlauncher = 'unit'\nunit = '--now'", "vm.a.unit: String should"),
+        ("[vm.a]\nqmp = '/x'\nproperties = ['A=b']", "properties are given, but launcher is"),
+        ("[vm.a]\nqmp = '/x'\nlauncher = 'by-hand'", "vm.a.launcher: Input should be 'spawn'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:

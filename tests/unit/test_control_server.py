@@ -67,7 +67,7 @@ async def test_a_snapshot_is_its_manifest_and_its_place_in_the_tree(tmp_path: Pa
     async with Served.at(tmp_path) as served, await served.connect() as stream:
         reply = await ask(stream, "ListSnapshots", vm="vm1")
     first, second = reply["parameters"]["snapshots"]
-    assert set(first) == {*Manifest.model_fields, "current", "children", "descendants"}
+    assert set(first) == {*Manifest.model_fields, "current", "children", "descendants", "used_by"}
     assert (first["name"], first["current"], first["children"]) == ("s1", False, 1)
     assert (second["name"], second["current"], second["children"]) == ("s2", True, 0)
 

@@ -4,6 +4,7 @@ The docstrings of the classes are the comments of the interface text.
 """
 
 from qsnapd.control.methods.base import Method
+from qsnapd.control.methods.clones import CloneSnapshot, UndefineVm
 from qsnapd.control.methods.jobs import (
     AbortJob,
     GetJob,
@@ -46,6 +47,8 @@ METHODS: dict[str, type[Method]] = {
         CreateSnapshot,
         RevertSnapshot,
         DescribeLaunch,
+        CloneSnapshot,
+        UndefineVm,
         StartVm,
         ListSnapshots,
         GetSnapshot,

@@ -57,7 +57,7 @@ async def follow(job: Job, host: Host, more: More | None) -> ProgressReply:
 
 
 def all_snapshots(host: Host, vm: str) -> tuple[Snapshot, ...]:
-    return placed(host.snapshots(vm), host.current(vm))
+    return placed(host.snapshots(vm), host.current(vm), host.users(vm))
 
 
 def one_snapshot(host: Host, vm: str, name: str) -> Snapshot:
