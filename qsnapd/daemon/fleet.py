@@ -16,11 +16,13 @@ from qsnapd.daemon.supervisor import NOTHING, Supervisor
 from qsnapd.errors import QsnapError, StoreError, UnknownVm, VmExists, WrongState
 from qsnapd.model.event import Event
 from qsnapd.model.plan import ClonePlan
+from qsnapd.model.registration import Registration
 from qsnapd.snapshot.clone import undo_clone
 from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration, remove_made
 from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.remembered import Remembering
 
 UNDO_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0
@@ -150,7 +152,12 @@ class Fleet(Mapping[str, Supervisor]):
             if registration is None or registration.source == source:
                 break
             source = registration.source
-        return self.add(name, qmp, self._clone_launcher(source, name), configured=False)
+        launcher = Remembering(self._clone_launcher(source, name), self._store.vm(name))
+        return self.add(name, qmp, launcher, configured=False)
+
+    def registration(self, name: str) -> Registration | None:
+        """What is known of a clone; None of a VM of the configuration. Raises: StoreError."""
+        return None if name in self._configured else read_registration(self.find(name).store)
 
     @contextmanager
     def reserved(self, name: str) -> Iterator[None]:
@@ -188,11 +195,16 @@ class Fleet(Mapping[str, Supervisor]):
         if is_undone:
             await trio.to_thread.run_sync(self._store.forget, name)
 
+    def _clones_of(self, name: str) -> list[str]:
+        stores = {other: self[other].store for other in self if other not in self._configured}
+        found = {other: read_registration(store) for other, store in stores.items()}
+        return sorted(other for other, clone in found.items() if clone and clone.source == name)
+
     async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
         """Forget a clone that is shut off; returns the files that were removed.
 
         On failure: it is in the fleet as before, and can be undefined again.
-        Raises: WrongState: it is not a clone, it runs, is busy, or has snapshots. StoreError.
+        Raises: WrongState: it is not a clone, it runs, is busy, or something needs it. StoreError.
         """
         supervisor = self.find(name)
         if name in self._configured:
@@ -210,6 +222,12 @@ class Fleet(Mapping[str, Supervisor]):
         if kept:
             raise WrongState(
                 f"VM {name} has snapshots ({', '.join(kept)}), whose files would belong to nobody"
+            )
+        clones = await trio.to_thread.run_sync(self._clones_of, name)
+        if clones:
+            raise WrongState(
+                f"VM {name} is needed: clones were made of it: {', '.join(clones)}. Their disks "
+                "lie over its own; undefine these first"
             )
         registration = await trio.to_thread.run_sync(read_registration, supervisor.store)
         if self.get(name) is not supervisor or supervisor.job is not None:

@@ -27,6 +27,7 @@ from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 from qsnapd.snapshot.boot import boot
 from qsnapd.snapshot.clone import Clone
+from qsnapd.snapshot.clone_boot import boot_clone
 from qsnapd.snapshot.clone_plan import plan_clone
 from qsnapd.snapshot.create import Checkpoint
 from qsnapd.snapshot.export import export_snapshot
@@ -103,6 +104,7 @@ class LocalHost:
             raise WrongState(
                 f"VM {name} is {supervisor.tracker.condition.text}: it cannot be paused"
             )
+        supervisor.require_not_reverting()
         await vm.suspend()
 
     async def resume(self, name: str) -> None:
@@ -112,6 +114,7 @@ class LocalHost:
             raise WrongState(
                 f"VM {name} is {supervisor.tracker.condition.text}: it cannot be resumed"
             )
+        supervisor.require_not_reverting()
         await vm.resume()
 
     async def create(self, name: str, request: CreateRequest) -> Job:
@@ -145,6 +148,7 @@ class LocalHost:
                     source=name,
                     qmp_from=source.qmp,
                     directory=directory,
+                    loads_lazily=found.loads_lazily,
                 )
             )
             supervisor = self._fleet.add_clone(name, request.clone, Path(plan.qmp))
@@ -172,9 +176,19 @@ class LocalHost:
 
     async def start(self, name: str) -> Job:
         supervisor = self._fleet.find(name)
+        clone = await trio.to_thread.run_sync(self._fleet.registration, name)
+        planned = await trio.to_thread.run_sync(supervisor.store.next_start.read)
         job = self._new_job(name, JobKind.START, supervisor.store.current())
         supervisor.claim(job)
-        self._start(supervisor, job, lambda: boot(supervisor, job))
+        if clone is None or planned is not None:
+            self._start(supervisor, job, lambda: boot(supervisor, job))
+            return job
+
+        async def boot_again() -> Manifest:
+            await boot_clone(supervisor, job, clone)
+            return self._fleet.find(clone.source).store.manifest(clone.snapshot)
+
+        self._start(supervisor, job, boot_again)
         return job
 
     async def launch(self, name: str, request: RevertRequest) -> LaunchInfo:
@@ -226,7 +240,12 @@ class LocalHost:
     ) -> None:
         async def mend_and_work() -> Manifest:
             await supervisor.mender.mend_before_job()
-            return await work()
+            manifest = await work()
+            # Still within the job: who waits for its end may begin another one at once.
+            with trio.CancelScope(shield=True):
+                if supervisor.attached is not None:  # its disks may have moved
+                    await supervisor.launcher.follow(supervisor.attached)
+            return manifest
 
         async def run() -> None:
             try:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -11,11 +12,11 @@ import trio
 from qsnapd.errors import QsnapError
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
-from qsnapd.model.plan import JournalEntry
+from qsnapd.model.plan import JournalEntry, RevertPlan
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.recovery import recover, recover_without_qemu, unfinished_revert
-from qsnapd.snapshot.revert import Revert
 from qsnapd.snapshot.start import Seat
+from qsnapd.snapshot.switch import Left, Switch
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.proc import find_launched
 from qsnapd.vm.process import still_runs
@@ -106,7 +107,11 @@ class Mender:
 
     async def _is_coming_up(self, entry: JournalEntry) -> bool:
         """Whether a QEMU that the revert has started is there, though it does not answer yet."""
-        return await trio.to_thread.run_sync(find_launched, entry.plan.token) is not None
+        plan = entry.plan
+        fallback = plan.fallback if isinstance(plan, RevertPlan) else None
+        tokens = [plan.token, *([fallback.token] if fallback else [])]
+        found = [await trio.to_thread.run_sync(find_launched, token) for token in tokens]
+        return any(pid is not None for pid in found)
 
     async def go_on_reverting(self) -> None:
         """Finish reverts whose VM was ended by a daemon that has died since; never returns."""
@@ -118,8 +123,8 @@ class Mender:
             except QsnapError:
                 continue  # whoever came first will hear of the journal
             try:
-                revert = Revert(self._vm, job, qemu_img=self._qemu_img)
-                await job.run(lambda: revert.go_on(entry))  # noqa: B023 -- awaited right here
+                switch = Switch(self._vm, job, Left())
+                await job.run(partial(switch.go_on, entry))
             finally:
                 self._vm.let_go()
             if job.error is None:

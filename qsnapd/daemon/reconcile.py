@@ -11,11 +11,13 @@ import trio
 from qsnapd.config import Config
 from qsnapd.daemon.remembered import recall
 from qsnapd.errors import QsnapError
-from qsnapd.model.plan import CheckpointPlan, Restore, RevertPlan
+from qsnapd.model.plan import CheckpointPlan, RevertPlan
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
-from qsnapd.snapshot.undo import settle_migration
+from qsnapd.snapshot.recovery import resume_reverted
+from qsnapd.snapshot.revert import is_same
+from qsnapd.snapshot.undo import give_back_run_state, settle_migration
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration
 from qsnapd.store.snapshots import VmStore
@@ -58,13 +60,10 @@ def _monitor(config: Config, store: VmStore) -> Path | None:
 async def _resume(name: str, qmp: Path, store: VmStore) -> None:
     checkpoint = await trio.to_thread.run_sync(store.journal.read)
     revert = await trio.to_thread.run_sync(store.restoring.read)
-    held = next((e for e in (checkpoint, revert) if e is not None and _ran(e.plan)), None)
-    if held is None:
+    if checkpoint is None and revert is None:
         return
     async with open_bridge(qmp, name=name) as (bridge, sock):
         identity = await trio.to_thread.run_sync(peer_of, sock)
-        if (identity.pid, identity.start_time_ticks) != (held.pid, held.start_time_ticks):
-            return
         process = await trio.to_thread.run_sync(read_process, identity)
         tracker = Tracker(lambda old, new: None)
         session = QmpSession(bridge)
@@ -72,14 +71,14 @@ async def _resume(name: str, qmp: Path, store: VmStore) -> None:
         vm = await learn(name, session, tracker, identity, process)
         status = await session.execute(QueryStatus())
         tracker.on_attached(status.status, recall(store, identity))
-        if not status.running:
-            plan = held.plan
-            if isinstance(plan, CheckpointPlan) and plan.name not in store.snapshots():
+        if status.running:
+            return
+        if checkpoint is not None and is_same(vm, checkpoint):
+            plan = checkpoint.plan
+            assert isinstance(plan, CheckpointPlan)
+            if plan.name not in store.snapshots():
                 await settle_migration(session, plan)
-            if tracker.is_to_run(ran_before=True):
-                await vm.ensure_running()
-            _log.warning("VM %s: resumed after an unfinished job on %s", name, plan.name)
-
-
-def _ran(plan: CheckpointPlan | Restore) -> bool:
-    return isinstance(plan, CheckpointPlan | RevertPlan) and plan.was_running
+            await give_back_run_state(vm, plan)
+        if revert is not None and isinstance(revert.plan, RevertPlan):
+            await resume_reverted(vm, revert, store)
+        _log.warning("VM %s: an unfinished job holds its guest no more", name)

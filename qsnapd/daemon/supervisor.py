@@ -17,6 +17,7 @@ from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.remembered import recall, remember
 from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
 from qsnapd.model.event import Event, EventKind
+from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
@@ -141,6 +142,7 @@ class Supervisor:
             self.problem = "an unfinished job of a former daemon is being finished or undone"
             await self.mender.mend(vm)
             await self._forget_other_starts()
+        await self.launcher.follow(vm)
         _log.info("VM %s: attached to QEMU %s, pid %d", self.name, vm.version.text, vm.identity.pid)
         if self._uuid not in (None, vm.uuid):
             _log.warning("VM %s: another VM answers now: UUID %s", self.name, vm.uuid)
@@ -218,6 +220,14 @@ class Supervisor:
                 f"{info.elapsed_ms / 1000:.1f} s (phase {info.phase})"
             )
         self.job = job
+
+    def require_not_reverting(self) -> None:
+        """Raise VmBusy while the guest's state is kept, or another's is put in its place."""
+        if self.job is not None and self.job.kind is JobKind.REVERT:
+            raise VmBusy(
+                f"VM {self.name} is being put back to snapshot {self.job.snapshot}: its guest "
+                "stands still for that, and goes on by itself"
+            )
 
     def let_go(self) -> None:
         """The job has ended."""

@@ -135,6 +135,13 @@ def allocated_bytes(fd: int) -> int:
     return os.fstat(fd).st_blocks * _BLOCK_BYTES
 
 
+def write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
+    """Write all of *data* there, however often it takes. Raises: OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+
+
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The parts (from, to) of [*start*, *end*) that hold data; what lies between reads as zeros.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qsnapd.errors import ImageInvalid
-from qsnapd.image.files import data_extents, sync_file
+from qsnapd.image.files import data_extents, sync_file, write_all
 from qsnapd.image.savevm import (
     Cursor,
     Flag,
@@ -144,7 +144,8 @@ def seal(fd: int) -> bool:
         if any(any(_bitmap(fd, block, first)) for block, first in chunks):
             return False
         for block, first in chunks:
-            _write(fd, _pages_with_data(fd, block, first), block.bitmap_offset_bytes + first // 8)
+            bits = _pages_with_data(fd, block, first)
+            write_all(fd, bits, block.bitmap_offset_bytes + first // 8)
         sync_file(fd)
         return True
 
@@ -266,9 +267,3 @@ def _runs_of_ones(number: int) -> Iterator[tuple[int, int]]:
         if end < 0:
             end = len(digits)
         yield start, end
-
-
-def _write(fd: int, data: bytearray, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, memoryview(data)[done:], offset + done)

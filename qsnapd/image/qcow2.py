@@ -59,12 +59,13 @@ def read_header(fd: int) -> Header:
         raise ImageInvalid(f"it is a qcow2 image of version {version}, known are 2 and 3")
     features = _FEATURES.unpack_from(head, _FEATURES_OFFSET_BYTES)[0] if version == 3 else 0
     length = _LENGTH.unpack_from(head, _LENGTH_OFFSET_BYTES)[0] if version == 3 else 72
+    backing = _name(fd, name_offset, name_bytes) if name_offset else None
     end = name_offset if 0 < name_offset < len(head) else len(head)
     extensions = dict(_extensions(head[:end], length))
     backing_format = extensions.get(_BACKING_FORMAT)
     return Header(
         virtual_size_bytes=size_bytes,
-        backing=_name(fd, name_offset, name_bytes) if name_offset else None,
+        backing=backing,
         backing_format=None if backing_format is None else _text(backing_format),
         is_encrypted=encryption != 0,
         is_corrupt=bool(features & _CORRUPT),

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from qsnapd.image.files import create_exclusive, data_extents
+from qsnapd.image.files import create_exclusive, data_extents, write_all
 from qsnapd.image.mapped_ram import Layout
 from qsnapd.image.savevm import reading
 
@@ -60,5 +60,6 @@ def _copy(image_fd: int, view_fd: int, start: int, end: int) -> int:
     for data, hole in data_extents(image_fd, start, end):
         for offset in range(data, hole, _CHUNK_BYTES):
             piece = os.pread(image_fd, min(_CHUNK_BYTES, hole - offset), offset)
-            copied += os.pwrite(view_fd, piece, offset)
+            write_all(view_fd, piece, offset)
+            copied += len(piece)
     return copied

@@ -168,8 +168,13 @@ class RevertPlan(Restore):
     """False: the VM stays shut off, and starts on the new overlays when somebody starts it."""
     fallback: Restore | None = None
     """How the state that is left comes back, once that has been kept as a snapshot."""
+    holds: bool = False
+    """The guest may stand still because of this job, once its state has been kept."""
     no_return: bool = False
     """The old QEMU has been told to end, or is about to be."""
+    let_go: SnapshotName | None = None
+    """The guest of this snapshot was told to go on, or is about to be: nothing must ever be
+    loaded beneath it again."""
 
 
 class ClonePlan(Restore):

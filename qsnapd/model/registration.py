@@ -6,7 +6,7 @@ from pydantic import AwareDatetime
 
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
-from qsnapd.model.snapshot import AbsolutePath, FileIdentity
+from qsnapd.model.snapshot import AbsolutePath, FileIdentity, Machine
 
 
 class Registration(Frozen):
@@ -24,3 +24,19 @@ class Registration(Frozen):
     """Disk images made for it, which hold what its guest has written."""
     files: tuple[FileIdentity, ...]
     """What its QEMU made when it started: sockets, logs."""
+
+
+class SeenDisk(Frozen):
+    """A disk that a VM can be started on again."""
+
+    target: str
+    chain: tuple[FileIdentity, ...]
+    """Its images, newest first; that one is qcow2."""
+
+
+class LastSeen(Frozen):
+    """A clone as it last ran, stored in `.last-seen.json`: what it takes to start it again."""
+
+    format: Literal[1] = 1
+    machine: Machine
+    disks: tuple[SeenDisk, ...]

@@ -48,6 +48,12 @@ class QueryMigrate(Command[MigrationInfo]):
     reply = MigrationInfo
 
 
+class QueryIncoming(QueryMigrate):
+    """The same of a QEMU that loads: QEMU 10.0 answers nothing until a mapped-ram is in."""
+
+    timeout_s = 3600.0
+
+
 class CapabilityStatus(QapiStruct):
     capability: str
     state: bool

@@ -28,7 +28,7 @@ async def boot(seat: Seat, job: Job) -> Manifest:
         )
     plan = entry.plan
     shown_as = Condition.RUNNING_FROM_SNAPSHOT
-    await seat.launcher.prepare(plan.launch)
+    await seat.launcher.prepare(plan.launch, lasting=True)
     job.instruction = seat.launcher.instruction(plan.launch)
     vm = await start(seat, plan, job, made=entry.made, shown_as=shown_as)
     await vm.ensure_running(shown_as)

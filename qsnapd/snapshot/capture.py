@@ -63,9 +63,11 @@ class Capture:
 
     @property
     def to_resume(self) -> bool:
-        """The guest ran, or its user has asked for that meanwhile, and not for the contrary."""
-        ran_before = self.plan.was_running and not self.plan.holds
-        return self.vm.tracker.is_to_run(ran_before=ran_before)
+        """The guest ran, or its user has asked for that meanwhile, and not for the contrary.
+
+        Never if it is held: what it did after its state was saved would be lost.
+        """
+        return not self.plan.holds and self.vm.tracker.is_to_run(ran_before=self.plan.was_running)
 
     async def release(self) -> None:
         """Let the guest run again, if it is to."""

@@ -7,28 +7,24 @@ because nothing is lost with it. The original's store is only read.
 
 import os
 import stat
-from functools import partial
 from pathlib import Path
 
 import trio
 
-from qsnapd.errors import SessionLost, VmError
+from qsnapd.errors import Effect, VmError
 from qsnapd.image.files import identity, remove_if_ours
 from qsnapd.model.plan import ClonePlan, JournalEntry
 from qsnapd.model.registration import Registration
 from qsnapd.model.snapshot import FileIdentity, Manifest
 from qsnapd.model.state import Condition
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.read_ahead import read_ahead
-from qsnapd.snapshot.revert import hold_lease
-from qsnapd.snapshot.start import Seat, make_files, start
+from qsnapd.snapshot.start import Seat, look_after, make_files, start
+from qsnapd.snapshot.switch import hold_lease
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.registry import read_registration, register
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
-from qsnapd.vm.identity import identify
-from qsnapd.vm.proc import find_launched
-from qsnapd.vm.process import kill, wait_gone
+from qsnapd.vm.process import end_launched
 
 UNDO_LIMIT_S = 60.0
 
@@ -74,9 +70,10 @@ class Clone:
                 self.is_undone = True
             raise
         with trio.CancelScope(shield=True):
+            self._job.effect = Effect.UNKNOWN
             await finish_clone(vm, plan, store)
-        if reads_ahead and plan.loading is not None and plan.loading.view is not None:
-            self._seat.while_attached(partial(read_ahead, Path(plan.loading.memory_file)))
+            self._job.effect = Effect.NONE
+        look_after(self._seat, vm, plan, self._job, reads_ahead=reads_ahead)
         return manifest
 
 
@@ -107,21 +104,10 @@ async def undo_clone(entry: JournalEntry, store: VmStore) -> None:
     assert isinstance(plan, ClonePlan)
     if await trio.to_thread.run_sync(read_registration, store) is not None:
         return  # registering it was cut off after it had been done
-    await _end(plan.token)
+    await end_launched(plan.token)
     standing = await trio.to_thread.run_sync(store.restoring.read)
     await trio.to_thread.run_sync(remove_files, standing or entry)
     await trio.to_thread.run_sync(_remove_made, plan)
-
-
-async def _end(token: str) -> None:
-    """End every process that was started by this plan, be it a moment ago."""
-    while (pid := await trio.to_thread.run_sync(find_launched, token)) is not None:
-        try:
-            identity = identify(pid)
-        except SessionLost:
-            continue
-        kill(identity)
-        await wait_gone(identity)
 
 
 def _make_pipes(plan: ClonePlan) -> None:

@@ -30,6 +30,7 @@ def plan_clone(
     source: str,
     qmp_from: Path,
     directory: Path,
+    loads_lazily: bool = False,
 ) -> ClonePlan:
     """Name all that the clone will have to itself, and compute its command line. Blocks.
 
@@ -57,7 +58,9 @@ def plan_clone(
         substitutes=request.substitutes,
     )
     line = line.changed(renew_generation_id(apart.options))
-    started = plan_start(manifest, request, line, token, directory, starts=True)
+    started = plan_start(
+        *(manifest, request, line, token, directory), starts=True, loads_lazily=loads_lazily
+    )
     # A disk-only snapshot's VM boots: there is nothing to look at while it stands.
     usual = manifest.state if manifest.memory is not None else "running"
     return ClonePlan(

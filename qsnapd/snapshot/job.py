@@ -12,6 +12,7 @@ from qsnapd.model.snapshot import Manifest
 _OUTCOMES = {
     Effect.NONE: "nothing had been touched",
     Effect.ROLLED_BACK: "everything is as before",
+    Effect.PARTIAL: "the VM goes on as before; the snapshot of it that was taken on the way stands",
     Effect.UNKNOWN: "undoing it is not finished, and is tried again when the VM answers",
 }
 

@@ -20,7 +20,7 @@ from qsnapd.qmp.migration import (
     MigrateIncoming,
     MigrateSetCapabilities,
     MigrationInfo,
-    QueryMigrate,
+    QueryIncoming,
     QueryMigrateCapabilities,
 )
 from qsnapd.qmp.session import QmpSession
@@ -119,7 +119,7 @@ async def _wait_loaded(vm: Waiting, job: Reporter, *, guest_may_go_on: bool) -> 
     session = vm.session
     with session.watch("MIGRATION") as events:
         while True:
-            info = await session.execute(QueryMigrate())
+            info = await session.execute(QueryIncoming())
             if info.status == "completed":
                 return False
             _require_alive(info)

@@ -32,6 +32,11 @@ class Preflight:
     probe: Probe | None
     """What its QEMU can do; None if that could not be asked, and it is forced."""
 
+    @property
+    def loads_lazily(self) -> bool:
+        """Whether its QEMU pages in a mapped-ram image by itself."""
+        return self.probe is not None and self.probe.loads_lazily
+
 
 async def preflight(
     manifest: Manifest,

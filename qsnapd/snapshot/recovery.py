@@ -11,8 +11,9 @@ from qsnapd.model.plan import CheckpointPlan, ClonePlan, JournalEntry, Restore, 
 from qsnapd.snapshot.clone import finish_clone, settle_clone
 from qsnapd.snapshot.create import settle_committed
 from qsnapd.snapshot.merge import merge_offline
-from qsnapd.snapshot.revert import finish_revert, undo_revert
+from qsnapd.snapshot.revert import give_up_revert, is_same, undo_revert
 from qsnapd.snapshot.start import runs_by
+from qsnapd.snapshot.switch import drop_revert, finish_return, finish_revert, settle_revert
 from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
@@ -27,7 +28,7 @@ async def recover(
 
     Idempotent: cut off anywhere, the next call goes on. None if there was nothing to do.
     Raises: what `put_back` raises; the journal then stands for the next attempt. SessionLost:
-      the QEMU had not loaded its memory, and was ended: `Revert.go_on` starts another.
+      the QEMU had not loaded its memory, and was ended: `Switch.go_on` starts another.
     """
     done = (
         await _recover_checkpoint(vm, store, qemu_img),
@@ -44,7 +45,7 @@ async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
 
     What its guest wrote into the overlays of an unfinished snapshot is merged into the
     images below, because that is where the VM is started from again. A revert that has
-    come past its point of no return is left for `Revert.go_on`.
+    come past its point of no return is left for `Switch.go_on`.
     """
     done = (
         await _recover_dead_checkpoint(store, qemu_img),
@@ -57,9 +58,13 @@ async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
 async def unfinished_revert(store: VmStore) -> JournalEntry | None:
     """The revert whose VM has ended and has not been started again, if there is one."""
     entry = await trio.to_thread.run_sync(store.restoring.read)
-    if entry is not None and isinstance(entry.plan, RevertPlan) and entry.plan.no_return:
-        return entry
-    return None
+    return entry if entry is not None and is_to_go_on(entry) else None
+
+
+def is_to_go_on(entry: JournalEntry) -> bool:
+    """Whether the old QEMU of a revert was ended, and no guest has been let go since."""
+    plan = entry.plan
+    return isinstance(plan, RevertPlan) and plan.no_return and plan.let_go is None
 
 
 async def _recover_checkpoint(vm: AttachedVm, store: VmStore, qemu_img: str) -> str | None:
@@ -120,18 +125,48 @@ async def _recover_revert(vm: AttachedVm, store: VmStore) -> str | None:
     if entry is None or not isinstance(plan := entry.plan, RevertPlan):
         return None
     if await _runs(plan, entry, vm):
-        await finish_revert(vm, plan, store)
+        await finish_revert(vm, entry, store)
         return f"finished the revert to {plan.name}, which a former daemon had begun"
     if plan.fallback is not None and await _runs(plan.fallback, entry, vm):
-        if plan.fallback.to_running:
-            await vm.ensure_running()
-        await _drop(entry, store)
+        await finish_return(vm, entry, store)
         return f"brought the VM back to {plan.fallback.name}, as the revert to {plan.name} failed"
+    if plan.let_go is not None:
+        return await _settle_let_go(entry, plan, store)
     if is_same(vm, entry):
         await undo_revert(vm, entry, store)
-        return f"undid an unfinished revert to {plan.name}; the VM had not been touched"
-    await _drop(entry, store)
+        return f"undid an unfinished revert to {plan.name}; the VM goes on as before"
+    await drop_revert(entry, store)
     return f"undid an unfinished revert to {plan.name}; somebody else has started the VM since"
+
+
+async def resume_reverted(vm: AttachedVm, entry: JournalEntry, store: VmStore) -> None:
+    """Let the guest go on that a revert held, the old one or the new; leave all else to `recover`.
+
+    Raises: VmError: it does not. StoreError.
+    """
+    plan = entry.plan
+    assert isinstance(plan, RevertPlan)
+    for restore in (plan, plan.fallback):
+        made = entry.made if restore is plan else ()
+        if (
+            restore is not None
+            and restore.name == plan.let_go
+            and restore.to_running
+            and await trio.to_thread.run_sync(runs_by, restore, made, vm.identity.pid)
+        ):
+            await vm.ensure_running()
+    if is_same(vm, entry) and plan.holds:
+        await give_up_revert(vm, entry, store)
+
+
+async def _settle_let_go(entry: JournalEntry, plan: RevertPlan, store: VmStore) -> str:
+    """The guest was let go, and its QEMU has ended since: what it did is on its disks."""
+    if plan.let_go == plan.name:
+        await settle_revert(plan, store)
+    else:
+        await trio.to_thread.run_sync(store.set_current, plan.let_go)
+        await drop_revert(entry, store)
+    return f"the VM had gone on from {plan.let_go}, and has ended since"
 
 
 async def _recover_clone(vm: AttachedVm | None, store: VmStore) -> str | None:
@@ -169,17 +204,9 @@ async def _runs(plan: Restore, entry: JournalEntry, vm: AttachedVm) -> bool:
 
 async def _recover_dead_revert(store: VmStore) -> str | None:
     entry = await trio.to_thread.run_sync(store.restoring.read)
-    if entry is None or not isinstance(plan := entry.plan, RevertPlan) or plan.no_return:
+    if entry is None or not isinstance(plan := entry.plan, RevertPlan) or is_to_go_on(entry):
         return None
-    await _drop(entry, store)
+    if plan.let_go is not None:
+        return await _settle_let_go(entry, plan, store)
+    await drop_revert(entry, store)
     return f"undid an unfinished revert to {plan.name}; the VM has ended by itself"
-
-
-async def _drop(entry: JournalEntry, store: VmStore) -> None:
-    await trio.to_thread.run_sync(remove_files, entry)
-    await trio.to_thread.run_sync(store.restoring.clear)
-
-
-def is_same(vm: AttachedVm, entry: JournalEntry) -> bool:
-    """Whether *vm* is the very process that the entry's job worked on."""
-    return (entry.pid, entry.start_time_ticks) == (vm.identity.pid, vm.identity.start_time_ticks)

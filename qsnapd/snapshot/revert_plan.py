@@ -17,7 +17,7 @@ from qsnapd.model.snapshot import DiskLayer, ImageFormat, Manifest
 from qsnapd.snapshot.plan import AFTER, image_stem
 from qsnapd.vm.apart_seen import renew_generation_id
 from qsnapd.vm.identity import key_of
-from qsnapd.vm.kept_ram import kept_ram_files
+from qsnapd.vm.kept_ram import kept_ram_files, require_emptiable
 from qsnapd.vm.launch import (
     NOBODY,
     CommandLine,
@@ -34,7 +34,7 @@ VIEW_SUFFIX = ".view"
 
 
 @dataclass(frozen=True)
-class Started:
+class HowStarted:
     """How a snapshot's QEMU is started: the parts of a plan that hang together."""
 
     launch: Launch
@@ -49,10 +49,12 @@ def plan_revert(
     was_running: bool,
     directory: Path,
     parent: Parent,
+    loads_lazily: bool = False,
 ) -> RevertPlan:
     """Name the new overlays and compute the command line; reads file identities. Blocks.
 
-    *directory*: where temporary files of the VM go.
+    *directory*: where temporary files of the VM go. *loads_lazily*: QEMU pages in an image
+    by itself.
     Raises: Blocked, WrongState: the recorded command line cannot be used again, and why.
     """
     token = secrets.token_hex(4)
@@ -60,7 +62,9 @@ def plan_revert(
     starts = manifest.memory is not None or request.state is not None
     line = read_manifest_line(manifest, [o.path for o in overlays], parent)
     line = line.changed(renew_generation_id(line.options))
-    started = plan_start(manifest, request, line, token, directory, starts=starts)
+    started = plan_start(
+        *(manifest, request, line, token, directory), starts=starts, loads_lazily=loads_lazily
+    )
     return RevertPlan(
         token=token,
         vm=manifest.vm,
@@ -157,10 +161,12 @@ def plan_start(
     directory: Path,
     *,
     starts: bool,
-) -> Started:
-    """Decide how the memory gets in: mapped where that is possible, else read. Blocks.
+    loads_lazily: bool = False,
+) -> HowStarted:
+    """Decide how the memory gets in: paged in by QEMU, else mapped, else read. Blocks.
 
     *starts*: False: it will be started by somebody else, some time, and boots then.
+    *loads_lazily*: this QEMU can page in a mapped-ram image by itself (after 11.1).
     Raises: Blocked: it was to be mapped, and cannot be; or the program is gone.
     """
     process = manifest.machine.process
@@ -170,21 +176,26 @@ def plan_start(
 
     memory, image_format = manifest.memory, manifest.image_format
     if memory is None or image_format is None:
-        return Started(launch(line, Start.HALTED if starts else Start.BOOT), None, None)
+        return HowStarted(launch(line, Start.HALTED if starts else Start.BOOT), None, None)
     kept = kept_ram_files(line.options, line.cwd) if image_format is ImageFormat.MAPPED_RAM else []
+    for path in kept:
+        require_emptiable(path, process.uid)
     eager = Loading(memory_file=memory.path, image_format=image_format, emptied=tuple(kept))
     if request.memory is Memory.EAGER:
-        return Started(launch(line, Start.LOAD), eager, None)
+        return HowStarted(launch(line, Start.LOAD), eager, None)
+    if loads_lazily and image_format is ImageFormat.MAPPED_RAM:
+        on_demand = eager.model_copy(update={"on_demand": True})
+        return HowStarted(launch(line, Start.LOAD), on_demand, None)
     try:
         mapped, blocks = _map(manifest, memory.path, line)
     except CannotMap as exc:
         if request.memory is Memory.LAZY:
             raise Blocked(f"snapshot {manifest.name} cannot be restored lazily: {exc}") from None
-        return Started(launch(line, Start.LOAD), eager, str(exc))
+        return HowStarted(launch(line, Start.LOAD), eager, str(exc))
     lazy = eager.model_copy(
         update={"emptied": (), "view": str(directory / f".{token}{VIEW_SUFFIX}"), "mapped": blocks}
     )
-    return Started(launch(mapped, Start.LOAD, plain=line), lazy, None)
+    return HowStarted(launch(mapped, Start.LOAD, plain=line), lazy, None)
 
 
 def _map(
@@ -193,7 +204,10 @@ def _map(
     """Put the mapping of *image* into *line*; returns it with the blocks that are mapped."""
     if not manifest.is_mappable:
         raise CannotMap("its memory image is not one whose holes are zero pages (mapped-ram)")
-    descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise CannotMap(f"{image} cannot be opened: {exc.strerror}") from exc
     try:
         layout = read_layout(descriptor)
     finally:

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
-from qsnapd.errors import VmError
+from qsnapd.errors import ImageInvalid, VmError
 from qsnapd.image.files import identity
 from qsnapd.image.mapped_ram import read_layout
 from qsnapd.image.view import make_view
@@ -17,8 +18,9 @@ from qsnapd.model.plan import JournalEntry, Loading, Restore
 from qsnapd.model.snapshot import FileIdentity
 from qsnapd.model.state import Condition
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.load import load_memory
+from qsnapd.snapshot.load import finish_loading, load_memory
 from qsnapd.snapshot.overlays import make_overlay, publish_overlays
+from qsnapd.snapshot.read_ahead import read_ahead
 from qsnapd.store.journal import Journal
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
@@ -26,10 +28,9 @@ from qsnapd.vm.kept_ram import empty_file
 from qsnapd.vm.launch import Parent
 from qsnapd.vm.launcher import Launcher, Started
 from qsnapd.vm.proc import launch_token, open_files
-from qsnapd.vm.process import KILL_LIMIT_S, kill, wait_gone
+from qsnapd.vm.process import KILL_LIMIT_S, end_launched, kill, wait_gone
 from qsnapd.vm.tracker import Tracker
 
-START_LIMIT_S = 60.0
 LOAD_LIMIT_S = 3600.0
 LOOK_EVERY_S = 0.1
 LOG_NAME = ".qemu.log"
@@ -74,8 +75,18 @@ async def make_files(entry: JournalEntry, journal: Journal, *, qemu_img: str) ->
     return entry
 
 
+def make_view_again(loading: Loading) -> None:
+    """Make a lazy restore's view anew, if it is one. Blocks. Raises: as `make_files`."""
+    if loading.view is not None:
+        Path(loading.view).unlink(missing_ok=True)
+        _make_view(loading, Path(loading.view))
+
+
 def _make_view(loading: Loading, view: Path) -> None:
-    descriptor = os.open(loading.memory_file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(loading.memory_file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise ImageInvalid(f"cannot open {loading.memory_file}: {exc.strerror}") from exc
     try:
         make_view(descriptor, read_layout(descriptor), loading.mapped, view)
     finally:
@@ -104,9 +115,10 @@ async def start(
                 with trio.fail_after(LOAD_LIMIT_S):
                     await load_memory(vm, plan.loading, job)
         except BaseException:
-            kill(vm.identity)
             with trio.move_on_after(KILL_LIMIT_S, shield=True):
-                await trio.to_thread.run_sync(started.kill)  # nor let a service start it again
+                # First, because a service would start it again once it has ended.
+                await trio.to_thread.run_sync(started.kill)
+                kill(vm.identity)
                 await wait_gone(vm.identity)
                 await seat.wait_detached()
             raise
@@ -124,9 +136,9 @@ async def _wait_started(
 
     Raises: VmError: it ended, did not answer in time, or another took its socket.
     """
-    limit_s = max(START_LIMIT_S, started.patience_s)
-    with trio.move_on_after(limit_s):
-        try:
+    limit_s = started.patience_s
+    try:
+        with trio.move_on_after(limit_s):
             while True:
                 with trio.move_on_after(LOOK_EVERY_S):
                     vm = await seat.wait_attached()
@@ -138,12 +150,12 @@ async def _wait_started(
                     )
                 if words := await trio.to_thread.run_sync(started.failed):
                     raise VmError(f"QEMU says: {words}")
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(started.kill)
-            raise
-    await trio.to_thread.run_sync(started.kill)
-    raise VmError(f"QEMU did not answer within {limit_s:g} s of its start")
+        raise VmError(f"QEMU did not answer within {limit_s:g} s of its start")
+    except BaseException:
+        with trio.move_on_after(KILL_LIMIT_S, shield=True):
+            await trio.to_thread.run_sync(started.kill)
+            await end_launched(plan.token)  # with -daemonize it is another process by now
+        raise
 
 
 def runs_by(plan: Restore, made: tuple[FileIdentity, ...], pid: int) -> bool:
@@ -152,4 +164,13 @@ def runs_by(plan: Restore, made: tuple[FileIdentity, ...], pid: int) -> bool:
         return True
     overlays = {(file.device, file.inode) for file in made}
     return not overlays.isdisjoint(open_files(pid))
+
+
+def look_after(seat: Seat, vm: AttachedVm, plan: Restore, job: Job, *, reads_ahead: bool) -> None:
+    """See to it, in the background, that the rest of the memory comes in: the guest runs."""
+    loading = plan.loading
+    if loading is not None and loading.on_demand:
+        seat.while_attached(partial(finish_loading, vm, job))
+    if loading is not None and loading.view is not None and reads_ahead:
+        seat.while_attached(partial(read_ahead, Path(loading.memory_file)))
 

@@ -24,7 +24,7 @@ STALL_LIMIT_S = 3600.0
 """How long whoever reads the stream may do nothing."""
 _LOOK_EVERY_S = 0.25
 _WORDS_BYTES = 2000
-_OPTIONS = (
+TAR_OPTIONS = (
     *("--create", "--file=-", "--format=posix"),
     *("--sparse", "--hole-detection=seek", "--dereference"),
     # the same files give the same stream, whoever's they are
@@ -52,7 +52,7 @@ async def write_tar(
     On failure or cancellation: the stream ends somewhere.
     Raises: StoreError.
     """
-    command = [TAR, *_OPTIONS, f"--directory={folder}", "--no-recursion", "--", *names]
+    command = [TAR, *TAR_OPTIONS, f"--directory={folder}", "--no-recursion", "--", *names]
     try:
         process = await trio.lowlevel.open_process(
             command,

@@ -1,20 +1,26 @@
 """VMs that are not in the configuration: clones, in their own folders of the store.
 
-STATE_DIR/VM/.vm.json    a `Registration`; its presence is the clone's existence
+STATE_DIR/VM/.vm.json           a `Registration`; its presence is the clone's existence
+STATE_DIR/VM/.last-seen.json    how it last ran, so that it can be started again
 """
 
 import os
 import stat
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from qsnapd.errors import ManifestInvalid, StoreError
 from qsnapd.image.files import remove_if_ours, sync_directory
-from qsnapd.model.registration import Registration
+from qsnapd.model.base import Frozen
+from qsnapd.model.registration import LastSeen, Registration
 from qsnapd.store.snapshots import VmStore
 
 REGISTRATION_NAME = ".vm.json"
+LAST_SEEN_NAME = ".last-seen.json"
+
+ModelT = TypeVar("ModelT", bound=Frozen)
 
 
 def read_registration(store: VmStore) -> Registration | None:
@@ -22,9 +28,31 @@ def read_registration(store: VmStore) -> Registration | None:
 
     Raises: ManifestInvalid: another version of qsnapd wrote it. StoreError.
     """
-    path = store.directory / REGISTRATION_NAME
+    return _read(store.directory / REGISTRATION_NAME, Registration)
+
+
+def register(store: VmStore, registration: Registration) -> None:
+    """From now on the VM exists, for the next daemon too; durable on return.
+
+    On failure: it does not. Raises: StoreError.
+    """
+    _write(store.directory / REGISTRATION_NAME, registration)
+
+
+def read_last_seen(store: VmStore) -> LastSeen | None:
+    """How the clone last ran, as far as it was noted. Raises: as `read_registration`."""
+    return _read(store.directory / LAST_SEEN_NAME, LastSeen)
+
+
+def note_last_seen(store: VmStore, seen: LastSeen) -> None:
+    """Note how the clone runs now, in place of what was noted before. Raises: StoreError."""
+    if _read(store.directory / LAST_SEEN_NAME, LastSeen) != seen:
+        _write(store.directory / LAST_SEEN_NAME, seen)
+
+
+def _read(path: Path, model: type[ModelT]) -> ModelT | None:
     try:
-        return Registration.model_validate_json(path.read_bytes())
+        return model.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as exc:
@@ -36,17 +64,12 @@ def read_registration(store: VmStore) -> Registration | None:
         ) from exc
 
 
-def register(store: VmStore, registration: Registration) -> None:
-    """From now on the VM exists, for the next daemon too; durable on return.
-
-    On failure: it does not. Raises: StoreError.
-    """
-    path = store.directory / REGISTRATION_NAME
+def _write(path: Path, content: Frozen) -> None:
     draft = path.with_suffix(".new")
     try:
         with draft.open("w", encoding="utf-8") as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(registration.model_dump_json(indent=1))
+            file.write(content.model_dump_json(indent=1))
             file.flush()
             os.fsync(file.fileno())
         draft.rename(path)

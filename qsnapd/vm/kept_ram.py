@@ -10,8 +10,11 @@ import stat
 from collections.abc import Sequence
 
 from qsnapd.errors import Blocked
+from qsnapd.image.files import write_all
 from qsnapd.image.punch import punch_hole
 from qsnapd.vm.argv import Fields, Option
+
+_ZEROS = bytes(1 << 20)
 
 
 def kept_ram_files(options: Sequence[Option], cwd: str) -> list[str]:
@@ -38,6 +41,13 @@ def kept_ram_files(options: Sequence[Option], cwd: str) -> list[str]:
     return found
 
 
+def require_emptiable(path: str, uid: int) -> None:
+    """Return if `empty_file` may do its work; touches nothing. Blocks. Raises: Blocked."""
+    descriptor = _open_plain(path, uid)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
 def empty_file(path: str, uid: int) -> None:
     """Make all of a file zeros and leave it its size. Blocks.
 
@@ -46,24 +56,44 @@ def empty_file(path: str, uid: int) -> None:
     A file that does not exist is QEMU's to make; in a folder it makes a new one each time.
     Raises: Blocked: it cannot be done; loading into it would mix two states.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, IsADirectoryError):
+    descriptor = _open_plain(path, uid)
+    if descriptor is None:
         return
-    except OSError as exc:
-        raise Blocked(_words(path, exc.strerror)) from exc
     try:
-        status = os.fstat(descriptor)
-        if uid not in (0, status.st_uid):
-            raise Blocked(_words(path, f"it is not of user {uid}, who QEMU runs as"))
-        if not stat.S_ISREG(status.st_mode):
-            raise Blocked(_words(path, "it is no plain file"))
-        if status.st_size and not punch_hole(descriptor, 0, status.st_size):
-            raise Blocked(_words(path, "its file system cannot make holes"))
+        size_bytes = os.fstat(descriptor).st_size
+        if size_bytes and not punch_hole(descriptor, 0, size_bytes):
+            for offset in range(0, size_bytes, len(_ZEROS)):
+                write_all(descriptor, _ZEROS[: size_bytes - offset], offset)
     except OSError as exc:
         raise Blocked(_words(path, exc.strerror)) from exc
     finally:
         os.close(descriptor)
+
+
+def _open_plain(path: str, uid: int) -> int | None:
+    """Open a plain file of *uid*'s for writing; None if it is a folder or not there.
+
+    What it is, is looked at before it is opened: to open a device may do something.
+    """
+    try:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise Blocked(_words(path, exc.strerror)) from exc
+    try:
+        status = os.fstat(place)
+        if stat.S_ISDIR(status.st_mode):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise Blocked(_words(path, "it is no plain file"))
+        if uid not in (0, status.st_uid):
+            raise Blocked(_words(path, f"it is not of user {uid}, who QEMU runs as"))
+        return os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise Blocked(_words(path, exc.strerror)) from exc
+    finally:
+        os.close(place)
 
 
 def _words(path: str, why: str | None) -> str:

@@ -24,8 +24,10 @@ Identify = Callable[[str], tuple[int, int] | None]
 DELETED = " (deleted)"
 """What Linux appends to the name of a program whose file is gone."""
 
-_STALE = frozenset({"incoming", "loadvm", "S"})
+_STALE = frozenset({"incoming", "loadvm", "S", "runas"})
+"""Of one start only; and who gave up root for another user is started as that user."""
 _REFUSED = {
+    "chroot": "where its files are can be seen from within only",
     "snapshot": "all disk writes of this VM are thrown away when it ends",
     "preconfig": "a VM that is configured over QMP before it starts cannot be started again",
 }
@@ -95,7 +97,7 @@ def read_command_line(
     options = apply_instead(parse_options(process.argv[1:]), parent.instead)
     for option in options:
         _refuse(option, parent)
-    options = [option for option in options if option.name not in _STALE]
+    options = [kept for o in options if o.name not in _STALE and (kept := _without_user(o))]
     cwd = process.cwd
     disk_options = DiskOptions(options)
     for disk, found in _find(disks, list(disk_options.mentions()), process, identify).items():
@@ -141,6 +143,17 @@ def _refuse(option: Option, parent: Parent) -> None:
         raise Blocked(f"{option}: write this into the -drive itself, qsnapd changes only that")
     if not parent.inherits_descriptors:
         refuse_descriptors(option)
+
+
+def _without_user(option: Option) -> Option | None:
+    """-run-with user= (QEMU >= 9.1) is what -runas was."""
+    if option.name != "run-with":
+        return option
+    fields = Fields.parse(option.value or "")
+    if "chroot" in fields:
+        raise Blocked(f"{option}: {_REFUSED['chroot']}")
+    fields.drop("user")
+    return Option(option.name, str(fields), option.dashes) if fields else None
 
 
 def _executable(exe: str, identify: Identify) -> str:

@@ -52,6 +52,15 @@ def status_of(pid: int) -> dict[str, str]:
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
+def resident_bytes(pid: int) -> int:
+    """The memory that would be free without this process: what is its own, not its files'.
+
+    Raises: SessionLost: there is none.
+    """
+    status = status_of(pid)
+    return sum(int(status[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+
+
 def open_files(pid: int) -> dict[FileKey, str]:
     """The regular files and block devices that a process has open, with their names.
 

@@ -8,6 +8,7 @@ import trio
 
 from qsnapd.errors import Effect, SessionLost, VmError
 from qsnapd.vm.identity import ProcessIdentity, identify, open_pidfd, wait_exit
+from qsnapd.vm.proc import find_launched
 
 QUIT_LIMIT_S = 10.0
 KILL_LIMIT_S = 10.0
@@ -63,3 +64,17 @@ def kill(identity: ProcessIdentity) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+async def end_launched(token: str) -> None:
+    """Kill every process that was started by the plan with this *token*, be it a moment ago.
+
+    For a plan whose guest has not run: nothing is lost with it.
+    """
+    while (pid := await trio.to_thread.run_sync(find_launched, token)) is not None:
+        try:
+            identity = identify(pid)
+        except SessionLost:
+            continue
+        kill(identity)
+        await wait_gone(identity)

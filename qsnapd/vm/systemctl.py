@@ -29,6 +29,8 @@ class UnitState:
     exit_status: int
     main_pid: int
     exec_start: str
+    user: str
+    """As the unit file says it; empty if it says nothing, or that systemd is to choose one."""
 
     @property
     def why(self) -> str:
@@ -46,6 +48,8 @@ _PROPERTIES = {
     "ExecMainStatus": "0",
     "MainPID": "0",
     "ExecStart": "",
+    "User": "",
+    "DynamicUser": "no",
 }
 
 
@@ -63,6 +67,7 @@ def read_unit(unit: str) -> UnitState:
         exit_status=int(said["ExecMainStatus"] or 0),
         main_pid=int(said["MainPID"] or 0),
         exec_start=said["ExecStart"],
+        user="" if said["DynamicUser"] == "yes" else said["User"],
     )
 
 

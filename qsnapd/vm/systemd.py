@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pwd
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -96,11 +97,12 @@ class Unit:
     async def prepare(self, launch: Launch, *, lasting: bool = False) -> None:
         """Leave *launch* for the unit's next start; see `vm.launcher.Launcher`.
 
-        Raises: Blocked: the unit is not there, or does not run `qsnapd exec`. StoreError.
+        Raises: Blocked: the unit is not there, does not run `qsnapd exec`, or runs as another
+          user. StoreError.
         """
         until = None if lasting else Deadline.after(ENDING_LIMIT_S + self._patience_s)
         plan = PendingPlan(vm=self._vm, launch=launch, until=until)
-        await trio.to_thread.run_sync(require_wrapper, self._unit, self._vm)
+        await trio.to_thread.run_sync(require_wrapper, self._unit, self._vm, launch.uid)
         await trio.to_thread.run_sync(self._pending.put, plan)
 
     async def abandon(self) -> None:
@@ -242,10 +244,11 @@ def transient_words(
     yield from (word.replace("$", "$$") for word in (launch.executable, *launch.argv[1:]))
 
 
-def require_wrapper(unit: str, vm: str) -> None:
-    """Refuse a unit that would not run a plan. Blocks.
+def require_wrapper(unit: str, vm: str, uid: int) -> None:
+    """Refuse a unit that would not run a plan of user *uid*. Blocks.
 
-    Raises: Blocked: it is not there, or its ExecStart= is no `qsnapd exec VM`. VmError.
+    Raises: Blocked: it is not there, its ExecStart= is no `qsnapd exec VM`, or its User= is
+      somebody else. VmError.
     """
     state = read_unit(unit)
     if state.load != "loaded":
@@ -260,6 +263,19 @@ def require_wrapper(unit: str, vm: str) -> None:
             f"`/usr/bin/qsnapd exec {vm} -- ` followed by the command line it has now. Nothing "
             "was touched"
         )
+    user = _uid(state.user) if state.user else os.geteuid()
+    if user not in (uid, 0):
+        raise Blocked(
+            f"{unit} runs as user {user}, and VM {vm}'s QEMU ran as user {uid}, which it cannot "
+            f"become: set User={uid} in the unit. Nothing was touched"
+        )
+
+
+def _uid(user: str) -> int | None:
+    try:
+        return int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return None
 
 
 def _in_unit_name(vm: str) -> str:

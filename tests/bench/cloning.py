@@ -55,7 +55,7 @@ def _note(qemu: Qemu, notebook: Notebook, subject: str, pids: Sequence[int]) -> 
         notebook.measurements.append(
             Measurement(qemu.version, subject, 0, measure, value, clones=len(pids))
         )
-    notebook.tell(f"QEMU {qemu}: {subject}: {len(pids)} clones have {value:.0f} MiB of their own")
+    notebook.tell(f"QEMU {qemu}: {subject}: {value:.0f} MiB of their own in clones 1 to {len(pids)}")
 
 
 def _read_mib(pid: int, name: str) -> float:

@@ -12,6 +12,7 @@ from qsnapd.model.snapshot import Strategy
 from qsnapd.model.state import Condition
 from qsnapd.snapshot.preflight import Preflight
 from qsnapd.snapshot.revert import KEPT, Revert
+from qsnapd.snapshot.switch import Switch
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.launch import NOBODY
 from qsnapd.vm.launcher import Launcher
@@ -86,7 +87,7 @@ async def prepare(scene: Scene) -> None:
 def test_cancelled_at_any_step_before_the_old_qemu_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+    monkeypatch.setattr(Switch, "run", switch_nothing)
 
     async def attempt(scene: Scene, n: int) -> tuple[list[str], bool]:
         await prepare(scene)
@@ -104,7 +105,7 @@ def test_cancelled_at_any_step_before_the_old_qemu_is_ended(
 
 def test_cancelled_at_any_step_while_the_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guest runs on, whether it was kept already or not; a kept state is a snapshot."""
-    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+    monkeypatch.setattr(Switch, "run", switch_nothing)
 
     async def attempt(scene: Scene, n: int) -> tuple[list[str], bool]:
         await prepare(scene)
@@ -138,7 +139,7 @@ async def test_the_daemon_dies_before_the_old_qemu_is_ended(
     kept: bool, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     """The guest stands, held for its end; the next daemon lets it go."""
-    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+    monkeypatch.setattr(Switch, "run", switch_nothing)
     async with open_scene(CASE) as scene:
         await prepare(scene)
         assert await reverted(scene, discard=not kept)
@@ -171,7 +172,7 @@ async def test_an_overlay_that_cannot_be_made(
 async def test_the_daemon_dies_with_everything_prepared(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    monkeypatch.setattr(Revert, "_switch", switch_nothing)
+    monkeypatch.setattr(Switch, "run", switch_nothing)
     async with open_scene(CASE) as scene:
         await prepare(scene)
         assert await reverted(scene)
@@ -180,5 +181,5 @@ async def test_the_daemon_dies_with_everything_prepared(
         assert len(entry.made) == CASE.disks
         assert not_as_before(scene.before, scene.look()) != []
         await scene.attach()
-        assert "the VM had not been touched" in str(await scene.recover())
+        assert "the VM goes on as before" in str(await scene.recover())
         assert not_as_before(scene.before, scene.look()) == []

@@ -99,7 +99,7 @@ async def save_slowly(vm: Vm, image: Path) -> None:
         slow = {"max_bandwidth": SLOW_BYTES_PER_S, "downtime_limit": 1}
         await monitor.execute("migrate-set-parameters", **slow)
         await monitor.execute("migrate", uri=f"file:{image}")
-        await vm.wait_line(lambda line: line.startswith("OK"))
+        await vm.wait_line(lambda line: line.startswith("OK"), limit_s=180.0)
         fast = {"max_bandwidth": 1 << 40, "downtime_limit": 5000}
         await monitor.execute("migrate-set-parameters", **fast)
         status = ""

@@ -1,5 +1,6 @@
 """What makes a restore impossible is found and said before the running VM is touched."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from tests.real.damage import (
     field,
     marked_corrupt,
     missing,
+    mode,
     over,
     replaced,
     resized,
@@ -44,6 +46,7 @@ from tests.rig import Rig
 
 MIB = 1 << 20
 NAME = b"\x06pc.ram"
+NOBODY = 65534
 
 
 @dataclass(frozen=True)
@@ -389,3 +392,51 @@ async def test_refused_before_the_vm_is_touched(
 
 def test_there_are_enough() -> None:
     assert len(FILES) + len(MANIFEST) + len(HOST) >= 30
+
+
+@each_qemu
+async def test_forced(qemu: Qemu, tmp_path: Path) -> None:
+    """What only may go wrong can be tried; what must go wrong cannot."""
+    async with open_lazy(qemu, tmp_path) as (vm, rig):
+        first = await rig.create(VM, CreateRequest(name="first"))
+        second = await rig.create(VM, CreateRequest(name="second"))
+        scene = Scene(qemu, vm, rig, tmp_path, first, second)
+        pid = vm.pid
+        request = RevertRequest(name="second", force=True, discard=True)
+        with scene.machine(type="pc-i440fx-99.9"), pytest.raises(SnapshotDiffers) as refused:
+            await rig.revert(VM, request)
+        assert not refused.value.can_be_forced
+        assert vm.pid == pid
+        with HOST["a CPU without something"].spoil(scene):
+            with pytest.raises(SnapshotDiffers) as refused:
+                await rig.revert(VM, RevertRequest(name="second"))
+            assert refused.value.can_be_forced
+            assert vm.pid == pid
+            await rig.revert(VM, request)
+        assert vm.pid != pid
+        assert rig.host.vm(VM).state == "running"
+
+
+@each_qemu
+async def test_asked_as_the_user_that_qemu_runs_as(qemu: Qemu, tmp_path: Path) -> None:
+    """Root may start QEMU as anybody else; everybody else only as themselves."""
+    user = os.geteuid() or NOBODY
+    async with open_lazy(qemu, tmp_path) as (vm, rig):
+        first = await rig.create(VM, CreateRequest(name="first"))
+        second = await rig.create(VM, CreateRequest(name="second"))
+        scene = Scene(qemu, vm, rig, tmp_path, first, second)
+        before = await look(vm, tmp_path)
+        base = scene.image("vda", 1)
+        with (
+            scene.process(uid=user, gid=user, groups=[]),
+            mode(base, 0),
+            pytest.raises(SnapshotDiffers) as refused,
+        ):
+            await rig.revert(VM, RevertRequest(name="second"))
+        said = "\n".join(refused.value.differences)
+        assert f"disk vda: {base}: Permission denied, asked as user {user}" in said
+        if user == NOBODY:
+            assert f"-pidfile, QEMU writes this: {vm.folder}" in said
+            assert "disk vda: " in said
+            assert "belongs to user 0, and so will its overlay" in said
+        assert await look(vm, tmp_path) == before

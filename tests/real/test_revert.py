@@ -7,14 +7,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio.testing
 
-from qsnapd.errors import CaptureFailed, Effect, ImageInvalid, UnknownSnapshot, VmError
-from qsnapd.model.plan import Loading
+from qsnapd.errors import (
+    CaptureFailed,
+    Effect,
+    ImageInvalid,
+    StoreError,
+    UnknownSnapshot,
+    VmBusy,
+    VmError,
+    WrongState,
+)
+from qsnapd.model.plan import JournalEntry, Launch, Loading, RevertPlan
 from qsnapd.model.request import CreateRequest, Memory, RevertRequest
 from qsnapd.model.snapshot import Strategy
 from qsnapd.snapshot import load
 from qsnapd.snapshot.job import Job
+from qsnapd.store.journal import Journal
+from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
+from qsnapd.vm.spawn import Spawn
 from tests.parts import Qemu
 from tests.real.cases import NEWEST, VM, each_qemu, open_busy, open_lazy
 from tests.real.footprint import look
@@ -182,6 +195,84 @@ async def test_shut_off_with_words_if_nothing_was_kept(
         assert vm.pids() == []
         await rig.revert(VM, RevertRequest(name="s"))
         assert rig.host.vm(VM).state == "running"
+
+
+@each_qemu
+async def test_guest_that_is_let_go_meanwhile(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By qsnapd it cannot be; by another monitor it can, and then the revert gives up."""
+    async with open_lazy(qemu, tmp_path) as (vm, rig):
+        await rig.create(VM, CreateRequest(name="s"))
+        pid = vm.pid
+
+        async def prepare(_self: Spawn, _launch: Launch, *, lasting: bool = False) -> None:
+            with pytest.raises(VmBusy, match="being put back"):
+                await rig.host.resume(VM)
+            await vm.execute("cont")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Spawn, "prepare", prepare)
+            with pytest.raises(WrongState, match="somebody let the guest") as refusal:
+                await rig.revert(VM, RevertRequest(name="s"))
+        assert refusal.value.effect is Effect.PARTIAL
+        [kept] = [m.name for m in rig.host.snapshots(VM) if m.name != "s"]
+        assert f"snapshot {kept} of the present state was taken" in str(refusal.value)
+        assert (rig.host.vm(VM).state, vm.pid) == ("running", pid)
+        await rig.revert(VM, RevertRequest(name=kept))
+
+
+@each_qemu
+async def test_journal_that_cannot_be_written_before_the_old_qemu_is_ended(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: Journal, entry: JournalEntry) -> None:
+        if isinstance(entry.plan, RevertPlan) and entry.plan.no_return:
+            raise StoreError("the disk is full")
+        real(self, entry)
+
+    real = Journal.write
+    async with open_lazy(qemu, tmp_path) as (vm, rig):
+        await rig.create(VM, CreateRequest(name="s"))
+        pid = vm.pid
+        monkeypatch.setattr(Journal, "write", write)
+        with pytest.raises(StoreError, match="the disk is full") as failure:
+            await rig.revert(VM, RevertRequest(name="s"))
+        assert failure.value.effect is Effect.PARTIAL
+        assert (rig.host.vm(VM).state, vm.pid) == ("running", pid)
+        assert rig.supervisors[VM].store.restoring.read() is None
+
+
+@each_qemu
+async def test_nothing_is_loaded_beneath_a_guest_that_has_run(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A revert that could not be settled, because the disk was full, is not done again."""
+
+    def set_current(self: VmStore, name: str | None) -> None:
+        raise StoreError("the disk is full")
+
+    async with open_lazy(qemu, tmp_path) as (vm, rig):
+        await rig.create(VM, CreateRequest(name="s"))
+        supervisor = rig.supervisors[VM]
+        with monkeypatch.context() as patch:
+            job = await rig.host.revert(VM, RevertRequest(name="s", discard=True))
+            while supervisor.attached is None or vm.pid != supervisor.attached.identity.pid:
+                await trio.testing.wait_all_tasks_blocked()
+            patch.setattr(VmStore, "set_current", set_current)
+            with pytest.raises(StoreError, match="the disk is full"):
+                await job.wait()
+            assert rig.host.vm(VM).state == "running"
+            disks = {disk.path for disk in await rig.host.disks(VM)}
+            with rig.host.subscribe() as events:
+                await vm.kill()
+                patch.undo()
+                while (await events.receive()).event != "recovered":
+                    pass
+        assert rig.host.vm(VM).state == "shut off"
+        assert (vm.pids(), rig.host.current(VM)) == ([], "s")
+        assert supervisor.store.restoring.read() is None
+        assert all(Path(path).exists() for path in disks if path)  # noqa: ASYNC240
 
 
 async def test_checkpoints_of_a_vm_that_was_restored_lazily(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ BOOT_LIMIT_S = 30.0
 COMMAND_LIMIT_S = 60.0
 END_LIMIT_S = 20.0
 
+SOMEBODY = 1234
+"""A user of the namespaces, for what only users with a name can do."""
+
 TARGETS = ("sysinit.target", "basic.target", "shutdown.target", "multi-user.target")
 JOURNAL = {
     "journald.socket": """
@@ -67,6 +70,7 @@ mount -o remount,bind,ro /proc/sys
 mount --bind /dev/null /dev/kmsg
 mkdir -p /run/systemd/system
 # the users of a service may not get to where we have these
+echo "somebody:x:$SOMEBODY:$SOMEBODY::/run/somebody:/bin/sh" >>/etc/passwd
 bind() { mkdir -p "$2"; mount --bind "$1" "$2"; }
 bind "$PYTHON" /run/python
 bind "$PACKAGES" /run/packages
@@ -76,9 +80,14 @@ exec env -i container=tests PATH="$PATH" NOTIFY_SOCKET="$NOTIFY_SOCKET" \
     SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/run/none \
     /lib/systemd/systemd --system --unit=tests.target --log-target=console --show-status=no
 """
+PYTHON = (
+    "PYTHONDONTWRITEBYTECODE=1",
+    "PYTHONPATH=/run/project:/run/packages",
+    "LD_LIBRARY_PATH=/run/python/lib",
+)
+"""What the Python of these tests needs where it is mounted for all users."""
 PROGRAM = """#!/bin/sh
-export PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/run/project:/run/packages
-export LD_LIBRARY_PATH=/run/python/lib
+export {environment}
 exec /run/python/bin/python3 \
     -c 'from qsnapd.cli.{module} import main; main()' "$@"
 """
@@ -94,6 +103,7 @@ class Manager:
         """Open to everybody, and gone with the manager."""
         self.qsnapd = folder / "qsnapd"
         """The program, as any user of the namespaces can run it; beside it is qsnapctl."""
+        self.python_environment = PYTHON
         self._units = folder / "units"
         self._pid = pid
 
@@ -185,6 +195,7 @@ async def open_manager() -> AsyncIterator[Manager]:
                 "PYTHON": sys.base_prefix,
                 "PACKAGES": sysconfig.get_path("purelib"),
                 "PROJECT": str(ROOT / "qsnapd"),
+                "SOMEBODY": str(SOMEBODY),
             }
             script = f'echo $$ >"$0"/cgroup.procs; exec unshare {" ".join(NAMESPACES)} sh "$1"'
             argv = ["sh", "-c", script, str(cgroup), str(folder / "boot")]
@@ -221,7 +232,7 @@ def _fill(folder: Path) -> None:
     folder.chmod(0o755)
     (folder / "boot").write_text(BOOT)
     for program, module in PROGRAMS.items():
-        (folder / program).write_text(PROGRAM.format(module=module))
+        (folder / program).write_text(PROGRAM.format(module=module, environment=" ".join(PYTHON)))
         (folder / program).chmod(0o755)
     units = folder / "units"
     units.mkdir()
@@ -238,10 +249,12 @@ def _unindented(text: str) -> str:
 def _make_cgroup(name: str) -> Path:
     """Make a cgroup below our own; systemd will take it for the root of all."""
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    [mount, *_] = [fields[4] for fields in mounts if "cgroup2" in fields[fields.index("-") :]]
+    found = [fields[4] for fields in mounts if fields[fields.index("-") + 1] == "cgroup2"]
+    if not found:
+        raise PartMissing("a cgroup2 file system")
     groups = Path("/proc/self/cgroup").read_text().splitlines()
     [ours] = [line.removeprefix("0::") for line in groups if line.startswith("0::")]
-    cgroup = Path(mount) / ours.lstrip("/") / f"qsnapd-{name}"
+    cgroup = Path(found[0]) / ours.lstrip("/") / f"qsnapd-{name}"
     cgroup.mkdir()
     return cgroup
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from qsnapd.vm.proc import TOKEN_VARIABLE, launch_token, open_files
 from tests.harness import Pages, Vm, open_vm
 from tests.parts import ROOT, qemu_versions
 from tests.system import launching
-from tests.system.manager import Manager, open_manager
+from tests.system.manager import SOMEBODY, Manager, open_manager
 
 NEWEST = qemu_versions()[-1]
 NOBODY = 65534
@@ -54,16 +55,15 @@ def launch_of(vm: Vm, argv: Sequence[str], token: str = "0badcafe", uid: int = 0
     )
 
 
-def give_to_nobody(vm: Vm) -> None:
+def give(vm: Vm, user: int) -> None:
+    """Let a QEMU of *user* do what the VM's has done so far."""
     for path in (vm.folder, *vm.folder.iterdir()):
-        os.chown(path, NOBODY, NOBODY)
+        os.chown(path, user, user)
 
 
-async def launch(
-    manager: Manager, vm: Vm, plan: Launch, kind: str, pending_dir: Path | None = None
-) -> str:
-    """Start *plan* from a process that then ends; returns why it failed, if it did."""
-    wanted = {
+def wanted_of(vm: Vm, plan: Launch, kind: str, pending_dir: Path | None = None) -> dict[str, str]:
+    """What `launching` reads."""
+    return {
         "kind": kind,
         "vm": "web",
         "unit": UNIT,
@@ -71,6 +71,13 @@ async def launch(
         "launch": plan.model_dump_json(),
         "log": str(vm.folder / "log"),
     }
+
+
+async def launch(
+    manager: Manager, vm: Vm, plan: Launch, kind: str, pending_dir: Path | None = None
+) -> str:
+    """Start *plan* from a process that then ends; returns why it failed, if it did."""
+    wanted = wanted_of(vm, plan, kind, pending_dir)
     program = ["env", f"PYTHONPATH={ROOT}", sys.executable, launching.__file__]
     done = await manager.run(*program, vm.qmp, text=json.dumps(wanted))
     return done.stdout.decode().strip()
@@ -94,7 +101,7 @@ def cgroup_of(pid: int) -> str:
 
 
 async def test_transient_unit_outlives_us(manager: Manager, vm: Vm) -> None:
-    give_to_nobody(vm)
+    give(vm, NOBODY)
     odd = [f"opt/{number},string=[{word}]" for number, word in enumerate(ODD_WORDS)]
     argv = (*in_foreground(vm), *(word for value in odd for word in ("-fw_cfg", value)))
     plan = launch_of(vm, argv, uid=NOBODY)
@@ -125,6 +132,7 @@ async def test_transient_unit_that_fails(manager: Manager, vm: Vm) -> None:
 
 UNIT_TEXT = """
     [Service]
+    {more}
     ExecStart={wrapper} exec --config {config} web -- {words}
     Restart={restart}
     RestartSec=20ms
@@ -152,6 +160,7 @@ async def install(
     *,
     user: int = 0,
     restart: str = "no",
+    more: str = "",
 ) -> Pending:
     """Make the VM a service of its own, which runs *words*."""
     write_config(manager, vm, f'launcher = "unit"\nunit = "{UNIT}"\n')
@@ -164,6 +173,7 @@ async def install(
             words=quoted,
             user=user,
             restart=restart,
+            more=more,
         ),
     )
     return Pending.of(manager.folder / "state-pending", "web")
@@ -213,8 +223,7 @@ async def test_unit_runs_the_plan_once_whoever_starts_it(
 async def test_unit_is_started_by_us(
     manager: Manager, vm: Vm, restart: str, user: int
 ) -> None:
-    if user:
-        give_to_nobody(vm)
+    give(vm, user)
     pending = await install(
         manager, vm, named(vm, "as-given"), user=user, restart=restart
     )
@@ -244,21 +253,39 @@ async def test_unit_whose_plan_fails(manager: Manager, vm: Vm) -> None:
     assert pending.read() is None
 
 
+async def test_unit_that_may_not_take_plans(manager: Manager, vm: Vm) -> None:
+    """A plan that cannot be taken may not be passed over either: nothing runs."""
+    strict = f"ProtectSystem=strict\nReadWritePaths={vm.folder}"
+    pending = await install(manager, vm, named(vm, "as-given"), more=strict)
+    plan = launch_of(vm, named(vm, "planned"))
+    pending.put(PendingPlan(vm="web", launch=plan, until=None))
+    words = await launch(manager, vm, plan, "unit", pending.folder.path.parent)
+    assert "Read-only file system: a service with ProtectSystem= needs it in its Read" in words
+    assert vm.pids() == []
+
+    strict += f"\nReadWritePaths={pending.folder.path}"
+    pending = await install(manager, vm, named(vm, "as-given"), more=strict)
+    pending.put(PendingPlan(vm="web", launch=plan, until=None))
+    assert await launch(manager, vm, plan, "unit", pending.folder.path.parent) == ""
+    assert name_of(vm.pid) == "planned"
+
+
 async def test_unit_that_cannot_run_plans(manager: Manager, vm: Vm) -> None:
     await manager.install("plain.service", "[Service]\nExecStart=/bin/sleep 999\n")
-    await install(manager, vm, named(vm, "as-given"))
-    for unit, vm_name, expected in (
-        ("none.service", "web", "not-found"),
-        ("plain.service", "web", "its ExecStart= must be `/usr/bin/qsnapd exec web -- `"),
-        (UNIT, "other", "its ExecStart= must be `/usr/bin/qsnapd exec other -- `"),
-        (UNIT, "web", "fine"),
+    await install(manager, vm, named(vm, "as-given"), user=SOMEBODY)
+    for unit, vm_name, uid, expected in (
+        ("none.service", "web", SOMEBODY, "not-found"),
+        ("plain.service", "web", SOMEBODY, "ExecStart= must be `/usr/bin/qsnapd exec web -- `"),
+        (UNIT, "other", SOMEBODY, "ExecStart= must be `/usr/bin/qsnapd exec other -- `"),
+        (UNIT, "web", NOBODY, f"ran as user {NOBODY}, which it cannot become"),
+        (UNIT, "web", SOMEBODY, "fine"),
     ):
         code = (
             "import sys; from qsnapd.vm.systemd import require_wrapper; "
-            "require_wrapper(*sys.argv[1:]); sys.exit('fine')"
+            "require_wrapper(*sys.argv[1:3], int(sys.argv[3])); sys.exit('fine')"
         )
         program = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code]
-        done = await manager.run(*program, unit, vm_name, status=1)
+        done = await manager.run(*program, unit, vm_name, str(uid), status=1)
         assert expected in done.stderr.decode()
 
 
@@ -315,6 +342,30 @@ async def test_revert_by_way_of_the_vms_own_unit(manager: Manager, vm: Vm) -> No
         first = second
 
 
+async def test_unit_that_restarts_itself_leaves_snapshots_alone(manager: Manager, vm: Vm) -> None:
+    """Its command line names what is a snapshot's frozen image by now."""
+    base = vm.folder / "base.qcow2"
+    create = [NEWEST.img, "create", "-q", "-f", "qcow2", base, "1M"]
+    await trio.run_process([str(word) for word in create])
+    words = (*in_foreground(vm), "-drive", f"file={base},if=virtio,format=qcow2")
+    await install(manager, vm, words, restart="always")
+    await manager.systemctl("start", UNIT)
+    await vm.wait_line(lambda line: True)
+    await manager.serve(config_of(manager))
+    await manager.wait_attached("web")
+    for step in ("snapshot-create-as web s1", "snapshot-revert web s1 --discard"):
+        await manager.ctl(step)
+        [disk] = json.loads(await manager.ctl("--json domblklist web"))[-1:]
+        newest = Path(disk["path"])
+        assert newest != base
+        await vm.kill()
+        pid = await wait_restarted(manager, vm, 0)
+        assert newest in open_names(pid)
+        assert launch_token(pid) is None
+        await manager.wait_attached("web")
+    await manager.ctl("snapshot-revert web s1 --discard")
+
+
 @pytest.mark.parametrize("launcher", ["spawn", "systemd-run"])
 async def test_reverted_vm_outlives_the_service(manager: Manager, vm: Vm, launcher: str) -> None:
     write_config(manager, vm, f'launcher = "{launcher}"\n')
@@ -334,3 +385,53 @@ async def test_reverted_vm_outlives_the_service(manager: Manager, vm: Vm, launch
     await manager.wait_attached("web")
     await manager.ctl("snapshot-revert web s1 --discard")
     assert vm.pid != pid
+
+
+USER_MANAGER = f"""
+    [Service]
+    Type=notify
+    User={SOMEBODY}
+    Slice=user-{SOMEBODY}.slice
+    Delegate=yes
+    RuntimeDirectory=somebody
+    Environment=XDG_RUNTIME_DIR=/run/somebody
+    Environment=SYSTEMD_UNIT_PATH={{folder}}/units:/run/somebody/systemd/transient
+    ExecStart=/lib/systemd/systemd --user --unit=basic.target
+    """
+
+
+async def test_somebodys_own_systemd(manager: Manager, vm: Vm) -> None:
+    """A daemon that is not root has its QEMUs started by the systemd of its user."""
+    give(vm, SOMEBODY)
+    await manager.install(f"user@{SOMEBODY}.service", USER_MANAGER.format(folder=manager.folder))
+    await manager.systemctl("start", f"user@{SOMEBODY}.service")
+    program = manager.folder / "launching.py"
+    shutil.copy(launching.__file__, program)
+    become = ("setpriv", f"--reuid={SOMEBODY}", f"--regid={SOMEBODY}", "--clear-groups")
+    environment = ("XDG_RUNTIME_DIR=/run/somebody", *manager.python_environment)
+    plan = launch_of(vm, in_foreground(vm), uid=SOMEBODY)
+    wanted = wanted_of(vm, plan, "systemd-run")
+    done = await manager.run(
+        *(*become, "env", *environment, "/run/python/bin/python3", program, vm.qmp),
+        text=json.dumps(wanted),
+    )
+    assert done.stdout == b""
+    assert user_of(vm.pid) == SOMEBODY
+    assert f"user@{SOMEBODY}.service" in cgroup_of(vm.pid)
+    assert f"qsnapd-web-{plan.token}.service" in cgroup_of(vm.pid)
+    assert launch_token(vm.pid) == plan.token
+
+
+async def test_unit_is_kept_off(manager: Manager, vm: Vm) -> None:
+    await install(manager, vm, named(vm, "as-given"), restart="always")
+    await manager.systemctl("start", UNIT)
+    await vm.wait_line(lambda line: True)
+    code = (
+        "import trio; from pathlib import Path; from qsnapd.vm.systemd import Unit; "
+        "from qsnapd.store.pending import Pending; "
+        f"unit = Unit('web', '{UNIT}', Pending.of(Path('/none'), 'web'), patience_s=1); "
+        "trio.run(unit.keep_off); trio.run(unit.keep_off)"
+    )
+    await manager.run("env", f"PYTHONPATH={ROOT}", sys.executable, "-c", code)
+    assert vm.pids() == []
+    assert await manager.property(UNIT, "ActiveState") == "inactive"

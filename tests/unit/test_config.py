@@ -62,6 +62,15 @@ def test_every_launcher_has_a_sample(tmp_path: Path) -> None:
     assert vm["b"].properties == ("Slice=machine.slice",)
 
 
+def test_the_sample_unit_goes_with_its_configuration(tmp_path: Path) -> None:
+    text = (SAMPLE.parent / "vm.example.service").read_text()
+    lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+    vm = load(tmp_path, "\n".join(lines)).vm["example"]
+    assert (vm.launcher, vm.unit) == ("unit", "qemu-example.service")
+    assert "\nExecStart=/usr/bin/qsnapd exec example -- " in text
+    assert f"path={vm.qmp}," in text
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

@@ -29,7 +29,9 @@ def pipe() -> Iterator[tuple[int, int]]:
             continue
 
 
-def open_descriptors() -> int:
+async def open_descriptors(stream: trio.SocketStream) -> int:
+    """How many this process has, once the server is done with all that *stream* asked for."""
+    await ask(stream, "GetVm", vm="vm1")
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -84,11 +86,11 @@ async def test_what_nobody_wants_is_closed(
 ) -> None:
     reader, writer = pipe
     async with Served.at(tmp_path) as served, await served.connect() as stream:
-        before = open_descriptors()
+        before = await open_descriptors(stream)
         for _ in range(3):
             await send_with(stream, [writer] * count, "GetVm", more=False, vm="vm2")
             assert (await receive(stream))["parameters"]["vm"]["name"] == "vm2"
-        assert open_descriptors() == before
+        assert await open_descriptors(stream) == before
         os.close(writer)
         assert os.read(reader, 1) == b"", "no copy is left anywhere"
 
@@ -97,12 +99,12 @@ async def test_only_one_reaches_a_call(tmp_path: Path, pipe: tuple[int, int]) ->
     reader, writer = pipe
     other = os.open(os.devnull, os.O_RDWR)
     async with Served.at(tmp_path) as served, await served.connect() as stream:
-        before = open_descriptors()
+        before = await open_descriptors(stream)
         sent = [writer, other, other]
         await send_with(stream, sent, "ExportSnapshot", vm="vm1", request={"name": "s1"})
         await last_reply(stream)
         assert os.read(reader, 100) == b"stream"
-        assert open_descriptors() == before
+        assert await open_descriptors(stream) == before
     os.close(other)
 
 

@@ -38,7 +38,9 @@ numbers = st.sets(st.integers(0, PAGE_COUNT - 1))
 
 
 @given(written=numbers, given_up=numbers)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_what_the_bitmap_leaves_out_becomes_a_hole(
     tmp_path: Path, written: set[int], given_up: set[int]
 ) -> None:

@@ -69,7 +69,9 @@ blocks = st.dictionaries(
 
 
 @given(blocks=blocks, left_out=st.sets(st.sampled_from(["pc.ram", "/objects/m0"])))
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_view_is_the_image_without_the_pages_of_some_blocks(
     tmp_path: Path, blocks: Pages, left_out: set[str]
 ) -> None:

@@ -1,0 +1,125 @@
+"""Clones in the store and in the fleet: who has a name, and what is left of it afterwards."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import trio
+
+from qsnapd.daemon.fleet import Fleet
+from qsnapd.errors import ManifestInvalid, StoreError, UnknownVm, VmExists, WrongState
+from qsnapd.image.files import identity
+from qsnapd.model.registration import Registration
+from qsnapd.store.layout import Store
+from qsnapd.store.registry import (
+    REGISTRATION_NAME,
+    read_registration,
+    register,
+    remove_made,
+)
+from qsnapd.vm.spawn import Spawn
+
+
+def registration(folder: Path, name: str = "two", source: str = "vm1") -> Registration:
+    """One whose files are there."""
+    disk, log, pipe = folder / "disk", folder / "log", folder / "pipe"
+    for path in (disk, log):
+        path.touch()
+    if not pipe.exists():
+        os.mkfifo(pipe)
+    return Registration(
+        name=name,
+        qmp=str(folder / f"qmp.{name}"),
+        source=source,
+        snapshot="s",
+        created_at=datetime(2026, 1, 2, tzinfo=UTC),
+        overlays=(identity(disk),),
+        files=(identity(log), identity(pipe)),
+    )
+
+
+def test_what_is_registered_is_read_again(tmp_path: Path) -> None:
+    with Store(tmp_path / "state") as store:
+        assert read_registration(store.vm("two")) is None
+        register(store.vm("two"), registration(tmp_path))
+    with Store(tmp_path / "state") as store:
+        assert store.names() == ("two",)
+        assert read_registration(store.vm("two")) == registration(tmp_path)
+        (store.vm("two").directory / REGISTRATION_NAME).write_text('{"format": 2}')
+        with pytest.raises(ManifestInvalid, match="another version of qsnapd"):
+            read_registration(store.vm("two"))
+
+
+def test_only_what_was_made_is_removed(tmp_path: Path) -> None:
+    made = registration(tmp_path)
+    assert remove_made(made, storage=False) == (str(tmp_path / "pipe"),)
+    replaced = tmp_path / "log"
+    (tmp_path / "other").touch()
+    (tmp_path / "other").rename(replaced)
+    assert remove_made(made, storage=True) == (str(tmp_path / "disk"),)
+    assert replaced.exists()
+    assert remove_made(made, storage=True) == ()
+
+
+def test_no_trace_is_left_of_a_forgotten_vm(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        assert not store.is_used("two")
+        directory = store.vm("two").directory
+        assert not store.is_used("two")
+        (directory / ".state.json").touch()
+        (directory / ".disks").mkdir()
+        assert store.is_used("two")
+        (directory / "snapshot").mkdir()
+        (directory / "snapshot" / "snapshot.json").touch()
+        with pytest.raises(StoreError, match="holds files of snapshots"):
+            store.forget("two")
+        assert (directory / ".state.json").exists()
+        (directory / "snapshot" / "snapshot.json").unlink()
+        store.forget("two")
+        store.forget("two")
+        assert not directory.exists()
+        assert store.names() == ()
+        assert store.vm("two").directory.exists(), "a new one may come"
+
+
+async def test_a_fleet_across_daemons(tmp_path: Path) -> None:
+    async with trio.open_nursery() as watching:
+        with Store(tmp_path / "state") as store:
+            register(store.vm("two"), registration(tmp_path))
+            register(store.vm("three"), registration(tmp_path, "three", source="two"))
+            register(store.vm("vm2"), registration(tmp_path, "vm2"))
+            (store.vm("broken").directory / REGISTRATION_NAME).write_text("{}")
+            made_of: dict[str, str] = {}
+
+            def clone_launcher(source: str, clone: str) -> Spawn:
+                made_of[clone] = source
+                return Spawn()
+
+            fleet = Fleet(
+                store, print, watching, qemu_img="qemu-img", clone_launcher=clone_launcher
+            )
+            for name in ("vm1", "vm2"):
+                fleet.add(name, tmp_path / name, Spawn(), configured=True)
+            await fleet.open_clones()
+            assert set(fleet) == {"vm1", "vm2", "two", "three"}
+            assert fleet["vm2"].qmp == tmp_path / "vm2", "the configuration wins"
+            assert fleet["two"].qmp == tmp_path / "qmp.two"
+            assert made_of["two"] == "vm1"
+
+            for name, words in (("vm1", "already"), ("broken", "files of a former VM")):
+                with pytest.raises(VmExists, match=words), fleet.reserved(name):
+                    pass
+            with fleet.reserved("new"), pytest.raises(VmExists), fleet.reserved("new"):
+                pass
+            with pytest.raises(WrongState, match="configuration file"):
+                await fleet.undefine("vm1", remove_storage=True)
+            with pytest.raises(WrongState, match="clones were made of it: three"):
+                await fleet.undefine("two", remove_storage=True)
+            await fleet.undefine("three", remove_storage=False)
+            removed = await fleet.undefine("two", remove_storage=True)
+            assert {Path(path).name for path in removed} == {"disk", "log"}
+            with pytest.raises(UnknownVm, match="there are: vm1, vm2"):
+                fleet.find("two")
+            assert not (tmp_path / "state" / "two").exists()
+        watching.cancel_scope.cancel()
