@@ -31,7 +31,7 @@ def add_to(group: click.Group) -> None:
 
     @verb(group, "start", "domain")
     def start(cli: Cli, domain: str) -> None:
-        """Start a VM that was left shut off by reverting to a snapshot without memory."""
+        """Start a VM left shut off by reverting to a snapshot without memory, or a clone."""
         reply = follow(cli, "StartVm", domain)
         print_json(reply) if cli.json else click.echo(f"Domain '{domain}' started")
 

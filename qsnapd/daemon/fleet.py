@@ -21,8 +21,8 @@ from qsnapd.snapshot.clone import undo_clone
 from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration, remove_made
+from qsnapd.vm.last_seen import Remembering
 from qsnapd.vm.launcher import Launcher
-from qsnapd.vm.remembered import Remembering
 
 UNDO_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0

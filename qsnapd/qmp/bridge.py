@@ -172,6 +172,11 @@ async def _quietly(disconnect: Any) -> None:  # noqa: ANN401 -- trio_asyncio is 
         _log.debug("monitor went away on its own: %r", exc)
 
 
+def _told_once(record: logging.LogRecord) -> bool:
+    """Drop the library's own account of failures, which are raised as well."""
+    return record.levelno < logging.ERROR or _log.isEnabledFor(logging.DEBUG)
+
+
 def _log_stray(loop: object, context: dict[str, Any]) -> None:
     """Keep the loop alive when a future nobody awaits carries QEMU's EOF."""
     _log.debug("stray asyncio outcome: %s (%r)", context.get("message"), context.get("exception"))
@@ -197,9 +202,11 @@ def _dial(path: Path) -> socket.socket:
 
 @asynccontextmanager
 async def open_bridge(
-    path: Path, *, name: str, greeting_limit_s: float = GREETING_LIMIT_S
+    where: Path | socket.socket, *, name: str, greeting_limit_s: float = GREETING_LIMIT_S
 ) -> AsyncIterator[tuple[QmpBridge, socket.socket]]:
-    """Connect to the QMP socket at *path* and hold it for the block.
+    """Connect to the QMP socket at the path *where* and hold it for the block.
+
+    Or *where* is a socket that QEMU has the other end of; it is closed on exit.
 
     Yields the bridge and its socket, whose peer credentials tell who QEMU is. If QEMU goes
     away the block is cancelled and SessionLost raised. What the block raises comes out
@@ -211,14 +218,15 @@ async def open_bridge(
       SessionLost: the connection could not be made, or ended.
       VmError: whoever answers there does not speak QMP.
     """
-    sock = _dial(path)
+    sock = where if isinstance(where, socket.socket) else _dial(where)
     from_block: BaseException | None = None
     finished = False
     try:
         async with trio_asyncio.open_loop() as loop:
             loop.set_exception_handler(_log_stray)
             client = _Client(name)
-            await _greet(client, loop, sock, path, greeting_limit_s)
+            client.logger.addFilter(_told_once)
+            await _greet(client, loop, sock, where, greeting_limit_s)
             bridge = QmpBridge(client, loop, sock)
             try:
                 async with trio.open_nursery() as nursery:
@@ -253,9 +261,10 @@ async def _greet(
     client: QMPClient,
     loop: trio_asyncio.TrioEventLoop,
     sock: socket.socket,
-    path: Path,
+    where: Path | socket.socket,
     limit_s: float,
 ) -> None:
+    path = where if isinstance(where, Path) else "its own monitor"
     try:
         with trio.fail_after(limit_s):
             await trio_asyncio.aio_as_trio(client.connect, loop=loop)(sock)

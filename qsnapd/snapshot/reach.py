@@ -49,9 +49,11 @@ def _want_of(file: NamedFile) -> Want:
             return Want(file.path, WRITE)
         case Use.SEARCH:
             return Want(file.path, SEARCH)
-        case Use.WRITE if os.path.lexists(file.path):
+        case Use.KEEP_RAM if os.path.isdir(file.path):
+            return Want(file.path, WRITE | SEARCH)
+        case Use.WRITE | Use.KEEP_RAM if os.path.lexists(file.path):
             return Want(file.path, WRITE)
-        case Use.WRITE | Use.LISTEN:
+        case Use.WRITE | Use.KEEP_RAM | Use.LISTEN:
             return Want(os.path.dirname(file.path), WRITE | SEARCH)
 
 

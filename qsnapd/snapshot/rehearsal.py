@@ -6,6 +6,7 @@ only. Whatever happens, even to this process, neither it nor any file is left.
 """
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ import trio
 from qsnapd.errors import StoreError, VmBusy, VmError
 from qsnapd.model.job import Progress
 from qsnapd.model.plan import Loading, OverlayPlan
-from qsnapd.model.snapshot import Manifest
+from qsnapd.model.snapshot import Manifest, Process
 from qsnapd.qmp.commands import QueryStatus, QueryVersion
 from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot.chains import blank_like
@@ -46,12 +47,10 @@ async def rehearse(manifest: Manifest, *, directory: Path, qemu_img: str) -> str
     assert manifest.image_format is not None
     loading = Loading(memory_file=manifest.memory.path, image_format=manifest.image_format)
     process = manifest.machine.process
-    with ExitStack() as held, tempfile.TemporaryDirectory(prefix="qsnapd-") as folder:
-        if os.geteuid() == 0:
-            os.chown(folder, process.uid, process.gid)
+    with ExitStack() as held:
         disks = _Disks(manifest, directory, held, qemu_img)
         line = await disks.replaced()
-        isolated = isolate(line.options, folder)
+        isolated = isolate(line.options, _folder(line.options, process, held))
         options = (
             *(option for option in isolated.options if option.name != "qmp"),
             *Start.LOAD.value,
@@ -73,6 +72,16 @@ async def rehearse(manifest: Manifest, *, directory: Path, qemu_img: str) -> str
             raise VmError(f"it was not loaded within {REHEARSAL_LIMIT_S:g} s") from None
     took_ms = (monotonic() - began_s) * 1000
     return f"QEMU {version.text} has started and loaded it in {took_ms:.0f} ms"
+
+
+def _folder(options: Sequence[Option], process: Process, held: ExitStack) -> str:
+    """A folder for the one socket that cannot be done without; else only a name."""
+    if not any(option.name == "spice" for option in options):
+        return f"/nowhere/{secrets.token_hex(4)}"
+    folder = held.enter_context(tempfile.TemporaryDirectory(prefix="qsnapd-"))
+    if os.geteuid() == 0:
+        os.chown(folder, process.uid, process.gid)
+    return folder
 
 
 @contextmanager

@@ -98,7 +98,8 @@ class Revert:
             await seat.launcher.prepare(plan.launch, lasting=not plan.starts)
             entry = await self._commit_to_it(vm, entry)
         except BaseException as exc:
-            await self._undo(vm, entry, exc)
+            with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+                await self._undo(vm, entry, exc)
             raise
         with trio.CancelScope(shield=True):
             await Switch(seat, self._job, left).run(vm, entry)
@@ -184,14 +185,13 @@ class Revert:
     ) -> None:
         """Before the point of no return: as if never asked, but for a state already kept."""
         self._set_effect(cause, Effect.UNKNOWN)
-        with trio.move_on_after(UNDO_LIMIT_S, shield=True):
-            await self._seat.launcher.abandon()
-            await undo_revert(vm, entry, self._seat.store)
-            kept = self._job.kept is not None
-            self._set_effect(cause, Effect.PARTIAL if kept else Effect.ROLLED_BACK)
-            if kept and isinstance(cause, QsnapError):
-                stands = f"snapshot {self._job.kept} of the present state was taken, and stands"
-                cause.args = (f"{cause}. The VM goes on as before; {stands}",)
+        await self._seat.launcher.abandon()
+        await undo_revert(vm, entry, self._seat.store)
+        kept = self._job.kept is not None
+        self._set_effect(cause, Effect.PARTIAL if kept else Effect.ROLLED_BACK)
+        if kept and isinstance(cause, QsnapError):
+            stands = f"snapshot {self._job.kept} of the present state was taken, and stands"
+            cause.args = (f"{cause}. The VM goes on as before; {stands}",)
 
     def _set_effect(self, cause: BaseException, effect: Effect) -> None:
         self._job.effect = effect

@@ -157,20 +157,22 @@ class Switch:
             await seat.launcher.prepare(fallback.launch)
             self._job.instruction = seat.launcher.instruction(fallback.launch)
             vm = await start(seat, fallback, self._job, made=(), shown_as=shown_as)
+        except QsnapError as exc:
+            why = str(exc)
+        else:
             await finish_return(vm, entry, seat.store)
             await seat.launcher.follow(vm)
-        except QsnapError as exc:
-            await seat.launcher.abandon()
-            await drop_revert(entry, seat.store)
             raise self._failed(
-                f"{what}The state it was in did not start again either ({exc}). That is kept as "
-                f"snapshot {kept.name}: try snapshot-revert {seat.name} {kept.name}",
-                Effect.PARTIAL,
+                f"{what}The VM is back in the state it was in, which is also kept as snapshot "
+                f"{kept.name}",
+                Effect.ROLLED_BACK,
             ) from cause
+        await seat.launcher.abandon()
+        await drop_revert(entry, seat.store)
         raise self._failed(
-            f"{what}The VM is back in the state it was in, which is also kept as snapshot "
-            f"{kept.name}",
-            Effect.ROLLED_BACK,
+            f"{what}The state it was in did not start again either ({why}). That is kept as "
+            f"snapshot {kept.name}: try snapshot-revert {seat.name} {kept.name}",
+            Effect.PARTIAL,
         ) from cause
 
     def _failed(self, message: str, effect: Effect) -> VmError:

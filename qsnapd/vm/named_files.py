@@ -1,4 +1,4 @@
-"""The files that a command line names besides the disks' images, and what QEMU does with them.
+"""The files that a command line names, and what QEMU does with them.
 
 What is not known here is not checked; QEMU itself says so then, when it starts.
 """
@@ -19,6 +19,7 @@ class Use(StrEnum):
     LISTEN = "listens at"
     CONNECT = "connects to"
     SEARCH = "looks into"
+    KEEP_RAM = "keeps RAM in"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ _WHOLE = {
     "initrd": Use.READ,
     "kernel": Use.READ,
     "L": Use.SEARCH,
-    "mem-path": Use.SEARCH,
+    "mem-path": Use.KEEP_RAM,
     "pidfile": Use.WRITE,
 }
 """Options whose value is a path and nothing else."""
@@ -50,7 +51,12 @@ _PARTS = {
     "fsdev": {"path": Use.SEARCH},
     "fw_cfg": {"file": Use.READ},
     "netdev": {"path": Use.CONNECT},
-    "object": {"dir": Use.SEARCH, "file": Use.READ, "filename": Use.READ},
+    "object": {
+        "dir": Use.SEARCH,
+        "file": Use.READ,
+        "filename": Use.READ,
+        "mem-path": Use.KEEP_RAM,
+    },
     "option-rom": {"romfile": Use.READ},
     "smbios": {"file": Use.READ},
     "tpmdev": {"path": Use.READ},
@@ -70,6 +76,8 @@ _FIRST_KEYS = {
     "tpmdev": "type",
     "virtfs": "fsdriver",
 }
+_IMAGES = {"blockdev": "driver", "drive": "file"}
+"""Options that name images of disks, with the key of a bare first word."""
 _LINES = frozenset({"debugcon", "monitor", "parallel", "qmp", "qmp-pretty", "serial"})
 """Options whose value may be a character device in the short spelling."""
 _FIRMWARE = frozenset({"bios", "device", "option-rom"})
@@ -99,6 +107,8 @@ def _of_option(option: Option) -> Iterator[tuple[str, Use]]:
         yield from _of_line(value)
     elif option.name == "vnc" and value.startswith("unix:"):
         yield value.removeprefix("unix:").split(",")[0], Use.LISTEN
+    elif option.name in _IMAGES:
+        yield from _of_image(value, _IMAGES[option.name])
     elif option.name in _PARTS:
         try:
             fields = Fields.parse(value, first_key=_FIRST_KEYS[option.name])
@@ -109,6 +119,22 @@ def _of_option(option: Option) -> Iterator[tuple[str, Use]]:
                 yield fields[key], use
         if option.name == "chardev":
             yield from _of_chardev(fields)
+
+
+def _of_image(value: str, first_key: str) -> Iterator[tuple[str, Use]]:
+    """All that an image needs is to be read: one that is written to is known as a disk."""
+    try:
+        fields = Fields.parse(value, first_key=first_key)
+    except ValueError:
+        return
+    is_drive = first_key == "file"
+    for key, name in fields.items():
+        names = key == "filename" or key.endswith(".filename") or (is_drive and key == "file")
+        protocol = fields.get(f"{key.removesuffix('filename')}driver", "file")
+        if names and isinstance(name, str) and (protocol == "file" or is_drive):
+            plain = name.removeprefix("file:")
+            if plain.startswith("/") or ":" not in plain:  # else "nbd:..." and the like
+                yield plain, Use.READ
 
 
 def _of_chardev(fields: Fields) -> Iterator[tuple[str, Use]]:

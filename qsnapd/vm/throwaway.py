@@ -8,11 +8,9 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
@@ -31,10 +29,13 @@ WORDS_BYTES = 2000
 _MONITOR = "qsnapd-monitor"
 
 # Popen cannot ask for PR_SET_PDEATHSIG, and changing the user would take it back: so this
-# little program does both, and then becomes QEMU.
-_BECOME_QEMU = """
+# little program does both, and then becomes QEMU. What QEMU's user had in the environment,
+# LD_PRELOAD for one, must not have a say before: it comes on stdin.
+_BECOME_QEMU = r"""
 import ctypes, os, sys
 parent, uid, gid, groups, own_network, cwd, executable, *argv = sys.argv[1:]
+environment = dict(entry.split("=", 1) for entry in sys.stdin.read().split("\0") if entry)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 libc = ctypes.CDLL(None)
 try:
     if os.geteuid() == 0:
@@ -54,7 +55,7 @@ try:
     if os.getppid() != int(parent):
         sys.exit("whoever wanted it is gone")
     os.chdir(cwd)
-    os.execve(executable, argv, os.environ)
+    os.execve(executable, argv, environment)
 except OSError as exc:
     sys.exit(f"cannot start {executable}: {exc.strerror}")
 """
@@ -80,41 +81,32 @@ async def open_throwaway(
 ) -> AsyncIterator[Throwaway]:
     """Start *executable* with *options*, as who *process* ran as, and hold it for the block.
 
-    *own_network*: in a network namespace of its own, where it may make interfaces.
-
     Its monitor is added here; *options* has to keep it from running and name none of its own.
+    *own_network*: in a network namespace of its own, where it may make interfaces.
     On exit, whatever happens: it is gone. What the block raises comes out bare.
     Raises: VmError: it does not start, or it ended within the block, with QEMU's own words.
     """
     words = os.memfd_create("qemu's words", os.MFD_CLOEXEC)
     try:
-        with tempfile.TemporaryDirectory(prefix="qsnapd-") as folder:
-            monitor = Path(folder) / "qmp"
-            child = _start(
-                process,
-                ("own" if own_network else "", cwd, executable),
-                options,
-                pass_fds,
-                monitor,
-                words,
-            )
+        how = ("own" if own_network else "", cwd, executable)
+        child, monitor = _start(process, how, options, pass_fds, words)
+        try:
+            lost: VmError | None = None
             try:
-                lost: VmError | None = None
-                try:
-                    async with open_bridge(
-                        monitor, name="throwaway", greeting_limit_s=START_LIMIT_S
-                    ) as (bridge, _):
-                        yield Throwaway(QmpSession(bridge), child.pid)
-                except (SessionLost, MonitorBusy) as exc:
-                    lost = exc
-                if lost is not None:
-                    if said := await _last_words(child, words):
-                        raise VmError(f"QEMU says: {said}") from lost
-                    raise lost
-            finally:
-                child.kill()
-                with trio.move_on_after(KILL_LIMIT_S, shield=True):
-                    await trio.to_thread.run_sync(child.wait)
+                async with open_bridge(
+                    monitor, name="throwaway", greeting_limit_s=START_LIMIT_S
+                ) as (bridge, _):
+                    yield Throwaway(QmpSession(bridge), child.pid)
+            except (SessionLost, MonitorBusy) as exc:
+                lost = exc
+            if lost is not None:
+                if said := await _last_words(child, words):
+                    raise VmError(f"QEMU says: {said}") from lost
+                raise lost
+        finally:
+            child.kill()
+            with trio.move_on_after(KILL_LIMIT_S, shield=True):
+                await trio.to_thread.run_sync(child.wait)
     finally:
         os.close(words)
 
@@ -124,37 +116,43 @@ def _start(
     how: Sequence[str],
     options: Sequence[Option],
     pass_fds: Sequence[int],
-    monitor: Path,
     words: int,
-) -> "subprocess.Popen[bytes]":
-    """Start it, listening at *monitor* from the first moment on.
+) -> tuple["subprocess.Popen[bytes]", socket.socket]:
+    """Start it, and return it with our end of its monitor.
 
     Not in a thread: the end of the thread that started it would be its own end.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(monitor))
-        listener.listen(1)
-        descriptor = listener.fileno()
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with its:
+        descriptor = its.fileno()
         argv = (
             process.argv[0],
             *words_of(options),
-            *("-chardev", f"socket,id={_MONITOR},fd={descriptor},server=on,wait=off"),
+            *("-chardev", f"socket,id={_MONITOR},fd={descriptor}"),
             *("-mon", f"chardev={_MONITOR},mode=control"),
         )
         ids = (process.uid, process.gid, ",".join(map(str, process.groups)))
+        environment = os.memfd_create("environment", os.MFD_CLOEXEC)
         try:
-            return subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BECOME_QEMU]
+            os.write(environment, "\0".join(map("=".join, process.environment)).encode())
+            os.lseek(environment, 0, os.SEEK_SET)
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _BECOME_QEMU]
                 + [str(word) for word in (os.getpid(), *ids, *how, *argv)],
-                env=dict(process.environment),
-                stdin=subprocess.DEVNULL,
+                env={},
+                stdin=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=words,
                 pass_fds=(descriptor, *pass_fds),
                 start_new_session=True,
             )
         except OSError as exc:
+            ours.close()
             raise VmError(f"cannot start {sys.executable}: {exc}") from exc
+        finally:
+            os.close(environment)
+    ours.setblocking(False)
+    return child, ours
 
 
 async def _last_words(child: "subprocess.Popen[bytes]", words: int) -> str | None:

@@ -55,7 +55,9 @@ def _note(qemu: Qemu, notebook: Notebook, subject: str, pids: Sequence[int]) -> 
         notebook.measurements.append(
             Measurement(qemu.version, subject, 0, measure, value, clones=len(pids))
         )
-    notebook.tell(f"QEMU {qemu}: {subject}: {value:.0f} MiB of their own in clones 1 to {len(pids)}")
+    notebook.tell(
+        f"QEMU {qemu}: {subject}: {value:.0f} MiB of their own in clones 1 to {len(pids)}"
+    )
 
 
 def _read_mib(pid: int, name: str) -> float:

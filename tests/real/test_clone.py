@@ -25,6 +25,7 @@ from qsnapd.errors import (
 )
 from qsnapd.model.request import CloneRequest, CreateRequest, Memory, RevertRequest
 from qsnapd.model.snapshot import Manifest
+from qsnapd.qmp.commands import AddFd
 from qsnapd.snapshot import clone as snapshot_clone
 from qsnapd.snapshot import start as snapshot_start
 from qsnapd.vm.spawn import Spawned
@@ -32,6 +33,7 @@ from tests.harness import Disk, Vm, open_vm
 from tests.parts import SYSTEM_QEMU, Qemu, qemu_versions
 from tests.real.cases import BUSY, LAZY, NEWEST, TWO_DISKS, VM, each_qemu, open_busy, open_lazy
 from tests.real.footprint import files
+from tests.real.steering import Gate, steered
 from tests.real.test_killed import open_attached
 from tests.real.test_revert import without_memory
 from tests.rig import Rig, open_rig
@@ -223,6 +225,20 @@ async def test_names_that_only_one_can_have(tmp_path: Path) -> None:
             assert old not in words
         assert rig.host.vm("two").uuid != rig.host.vm(VM).uuid
         assert "guest=two" in words
+
+
+async def test_the_original_may_be_busy(tmp_path: Path) -> None:
+    """With a job of its own: its snapshots are only read."""
+    gate = Gate(AddFd)
+    async with open_lazy(NEWEST, tmp_path) as (_, rig):
+        await rig.create(VM, CreateRequest(name="s"))
+        with steered(rig.supervisors[VM], before=gate):
+            job = await rig.host.create(VM, CreateRequest(name="t"))
+            await gate.reached()
+            await rig.clone(VM, CloneRequest(name="s", clone="two"))
+            assert rig.host.vm("two").state == "running"
+            gate.open()
+            assert (await job.wait()).parent == "s"
 
 
 async def test_a_clone_that_does_not_start_leaves_nothing(tmp_path: Path) -> None:

@@ -107,6 +107,18 @@ async def test_it_runs_as_the_user_that_the_vm_had(qemu: Qemu) -> None:
 
 
 @each_qemu
+async def test_the_vms_environment_is_qemus_alone(qemu: Qemu) -> None:
+    """Nothing that the VM's user could choose has a say while it is not that user yet."""
+    entries = (("LD_PRELOAD", "/no/such/library"), ("LANG", "C"), ("HOME", "/höme"))
+    recorded = process(qemu).model_copy(update={"environment": entries})
+    async with open_throwaway(recorded, str(qemu.system), STILL) as throwaway:
+        environ = await trio.Path(f"/proc/{throwaway.pid}/environ").read_bytes()
+        assert environ.removesuffix(b"\0").decode().split("\0") == [
+            "=".join(entry) for entry in entries
+        ]
+
+
+@each_qemu
 async def test_what_the_block_raises_comes_out_bare(qemu: Qemu) -> None:
     async def hold(before: Callable[[int], object]) -> None:
         async with open_throwaway(process(qemu), str(qemu.system), STILL) as throwaway:

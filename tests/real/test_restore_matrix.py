@@ -28,6 +28,8 @@ from tests.real.test_checkpoint_instant import RAM_MIB, read_ram, two_signs_of_l
 from tests.rig import Rig, open_rig
 
 OLDEST, NEWEST = qemu_versions()
+BOOT_LIMIT_S = 180.0
+"""Linux without KVM, on a host that has more to do."""
 THREE_DISKS = (*TWO_DISKS, Disk("qcow2", "virtio", "-drive"))
 MIB = 1 << 20
 
@@ -91,7 +93,9 @@ async def open_cell(cell: Cell, state_dir: Path) -> AsyncIterator[tuple[Vm, Rig]
         ram=cell.ram,
         memory_mib=128 if slots else RAM_MIB,
     ) as vm:
-        await vm.wait_line(lambda line: line.startswith("OK" if slots else "PASS"))
+        await vm.wait_line(
+            lambda line: line.startswith("OK" if slots else "PASS"), limit_s=BOOT_LIMIT_S
+        )
         async with open_rig(cell.way.qemu, state_dir, **{VM: vm}) as rig:
             yield vm, rig
 

@@ -14,9 +14,19 @@ from qsnapd.model.request import CreateRequest, DiskRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.verification import Outcome, Verification
 from tests.guests import pages
-from tests.harness import Disk, Vm
+from tests.hardware import Disk, MachineType, Ram
+from tests.harness import Vm, open_vm
 from tests.parts import Qemu
-from tests.real.cases import NEWEST, VM, Case, each_case, each_qemu, open_busy, open_lazy
+from tests.real.cases import (
+    LAZY,
+    NEWEST,
+    VM,
+    Case,
+    each_case,
+    each_qemu,
+    open_busy,
+    open_lazy,
+)
 from tests.real.damage import (
     Spoilt,
     marked_corrupt,
@@ -27,6 +37,7 @@ from tests.real.damage import (
     written,
 )
 from tests.real.footprint import look
+from tests.rig import open_rig
 
 REFCOUNT_TABLE = slice(48, 56)
 """Where a qcow2 header says where it is."""
@@ -180,6 +191,38 @@ async def test_disks_that_are_left_out_and_in_use(qemu: Qemu, tmp_path: Path) ->
         manifest = await rig.create(VM, request)
         async with untouched(vm, tmp_path, manifest):
             assert wrong(await rig.host.verify(VM, "s", deep=True)) == {}
+
+
+@each_qemu
+@pytest.mark.parametrize(
+    ("machine", "ram"),
+    [
+        ("pc", "memory-backend-ram"),
+        ("pc", "shared-file"),
+        ("q35", "memfd"),
+        ("q35", "memory-backend-file"),
+        ("microvm", "default"),
+    ],
+)
+async def test_deep_on_other_hardware(
+    qemu: Qemu, machine: MachineType, ram: Ram, tmp_path: Path
+) -> None:
+    """RAM that the VM shares with a file is still the VM's."""
+    async with (
+        open_vm(qemu, LAZY, disks=[Disk()], memory_mib=64, machine=machine, ram=ram) as vm,
+        open_rig(qemu, tmp_path, **{VM: vm}) as rig,
+    ):
+        manifest = await rig.create(VM, CreateRequest(name="s"))
+        await rig.host.suspend(VM)
+        before = ram_files(vm)
+        async with untouched(vm, tmp_path, manifest):
+            assert wrong(await rig.host.verify(VM, "s", deep=True)) == {}
+        assert ram_files(vm) == before
+        assert bool(before) == (ram in ("memory-backend-file", "shared-file"))
+
+
+def ram_files(vm: Vm) -> list[bytes]:
+    return [path.read_bytes() for path in vm.folder.glob("ram*")]
 
 
 @pytest.mark.parametrize("qemu", [NEWEST], ids=str)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import trio
 
+from tests.harness import FileWatch
 from tests.parts import ROOT, PartMissing
 
 BOOT_LIMIT_S = 30.0
@@ -92,7 +93,13 @@ exec /run/python/bin/python3 \
     -c 'from qsnapd.cli.{module} import main; main()' "$@"
 """
 PROGRAMS = {"qsnapd": "daemon", "qsnapctl": "main"}
-NAMESPACES = ("--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--cgroup", "--ipc")
+ENTER = """
+echo $$ >"$0"/cgroup.procs
+# all of it ends when nobody holds the other end of our stdin any more, whatever became of us
+exec 3<&0
+( (cat <&3 >/dev/null; kill -KILL $$) & )
+exec unshare --pid --fork --kill-child --mount-proc --mount --cgroup --ipc sh "$1" 3<&- </dev/null
+"""
 
 
 class Manager:
@@ -197,8 +204,7 @@ async def open_manager() -> AsyncIterator[Manager]:
                 "PROJECT": str(ROOT / "qsnapd"),
                 "SOMEBODY": str(SOMEBODY),
             }
-            script = f'echo $$ >"$0"/cgroup.procs; exec unshare {" ".join(NAMESPACES)} sh "$1"'
-            argv = ["sh", "-c", script, str(cgroup), str(folder / "boot")]
+            argv = ["sh", "-c", ENTER, str(cgroup), str(folder / "boot")]
             with (folder / "console").open("w+") as console:
                 async with trio.open_nursery() as nursery:
                     start = partial(
@@ -206,6 +212,7 @@ async def open_manager() -> AsyncIterator[Manager]:
                         argv,
                         env=environment,
                         check=False,
+                        stdin=subprocess.PIPE,
                         stdout=console,
                         stderr=console,
                     )
@@ -219,8 +226,9 @@ async def open_manager() -> AsyncIterator[Manager]:
                         late.add_note((folder / "console").read_text())
                         raise
                     finally:
-                        process.kill()  # and with it, by --kill-child, process 1 and so all
                         with trio.fail_after(END_LIMIT_S, shield=True):
+                            assert process.stdin is not None
+                            await process.stdin.aclose()
                             await process.wait()
     finally:
         with trio.fail_after(END_LIMIT_S, shield=True):
@@ -260,18 +268,21 @@ def _make_cgroup(name: str) -> Path:
 
 
 async def _remove_cgroup(cgroup: Path) -> None:
-    for path in _folders(cgroup):
-        while True:
-            try:
-                path.rmdir()
-                break
-            except OSError:  # a process in it has ended, and is not yet reaped
-                await trio.sleep(0.01)
+    """Wait until all processes in it have ended, and remove it."""
+    events = cgroup / "cgroup.events"
+    with FileWatch(events) as watch:
+        while "populated 1" in _text(events):
+            await watch.changed()
+    for path in sorted(_folders(cgroup), reverse=True):  # innermost first
+        path.rmdir()
+
+
+def _text(path: Path) -> str:
+    return path.read_text()
 
 
 def _folders(top: Path) -> list[Path]:
-    """Return *top* and all below it, innermost first."""
-    return sorted((path for path in top.glob("**/")), reverse=True)
+    return list(top.glob("**/"))
 
 
 def _only_child(pid: int) -> int:

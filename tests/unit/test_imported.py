@@ -48,11 +48,12 @@ from tests.unit.crafted_images import PAGE, RAM, WHOLE, stream
 from tests.unit.test_store import EPOCH
 from tests.unit.test_store import manifest as plain_manifest
 
-QEMU_IMG = qemu_versions()[-1].img
+QEMU_IMG = str(qemu_versions()[-1].img)
 DISK_BYTES = 1 << 20
 MEMORY = stream(*WHOLE)
 RAM_BYTES = 4 * PAGE
-Change = Callable[[Path], None]
+BLOCK = 512
+Change = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def folder(tmp_path: Path) -> Path:
     (folder / "memory.img").write_bytes(MEMORY)
     create = [QEMU_IMG, "create", "-q", "-f", "qcow2"]
     base, top = folder / "disk-vda.base1.qcow2", folder / "disk-vda.qcow2"
-    subprocess.run([*create, base, str(DISK_BYTES)], check=True)
-    subprocess.run([*create, "-F", "qcow2", "-b", base.name, top], check=True, cwd=folder)
+    subprocess.run([*create, str(base), str(DISK_BYTES)], check=True)
+    subprocess.run([*create, "-F", "qcow2", "-b", base.name, str(top)], check=True, cwd=folder)
     write_export(folder, origin())
     return folder
 
@@ -125,6 +126,10 @@ def write_export(folder: Path, manifest: Manifest) -> None:
     (folder / "export.json").write_text(export.model_dump_json())
 
 
+def content(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
 def tell(progress: TransferProgress) -> None:
     assert progress.done_bytes <= progress.total_bytes
 
@@ -145,26 +150,19 @@ def pack(folder: Path, *options: str) -> bytes:
 async def from_tar(store: VmStore, archive: bytes, **request: object) -> Manifest:
     """Send it through a pipe."""
     reader, writer = os.pipe()
+    packed = os.memfd_create("archive")
+    os.write(packed, archive)
+    os.lseek(packed, 0, os.SEEK_SET)
+    cat = await trio.lowlevel.open_process(["cat"], stdin=packed, stdout=writer)
+    for fd in (packed, writer):
+        os.close(fd)
     try:
-        async with trio.lowlevel.FdStream(writer) as stream, trio.open_nursery() as nursery:
-
-            async def feed() -> None:
-                async with stream:
-                    try:
-                        await stream.send_all(archive)
-                    except trio.BrokenResourceError:
-                        return  # refused before its end
-
-            nursery.start_soon(feed)
-            asked = ImportRequest.model_validate(request)
-            try:
-                return await import_snapshot(store, asked, descriptor=reader, tell=tell)
-            finally:
-                nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+        asked = ImportRequest.model_validate(request)
+        return await import_snapshot(store, asked, descriptor=reader, tell=tell)
     finally:
         os.close(reader)
+        with trio.fail_after(10, shield=True):
+            await cat.wait()  # at the latest because nobody reads
 
 
 def left_in(store: VmStore) -> set[str]:
@@ -179,23 +177,26 @@ async def test_all_of_it_arrives(store: VmStore, folder: Path, tmp_path: Path) -
         assert store.manifest(manifest.name) == manifest
         assert (manifest.vm, manifest.parent, manifest.format) == ("vm2", None, 2)
         assert manifest.memory is not None
-        where = Path(manifest.memory.path)
-        assert where == store.path(manifest.name) / "memory.img"
-        assert where.read_bytes() == MEMORY
-        assert manifest.memory.sha256 == described(where)["sha256"]
+        assert manifest.memory.path == str(store.path(manifest.name) / "memory.img")
+        assert content(manifest.memory.path) == MEMORY
+        assert manifest.memory.sha256 == hashlib.sha256(MEMORY).hexdigest()
         [disk] = manifest.disks
         assert [file.path for file in disk.known_as] == ["/d/b.qcow2", "/d/a.qcow2"]
         assert {(file.device, file.inode) for file in disk.known_as} == {(0, 0)}
         assert disk.overlay is None
-        top, base = (Path(file.path) for file in disk.chain)
-        assert str(top) == disk.frozen
-        assert top.parent.parent == store.directory / ".disks"
-        assert (top.name, base.name) == ("disk-vda.qcow2", "disk-vda.base1.qcow2")
-        assert top.read_bytes() == (folder / top.name).read_bytes()
-        assert top.stat().st_ino == disk.chain[0].inode
-        assert top.stat().st_mode & 0o777 == 0o600
-        assert top.parent.stat().st_mode & 0o777 == 0o700
-        subprocess.run([QEMU_IMG, "check", "-q", top], check=True)
+        check_images(store, disk, folder)
+
+
+def check_images(store: VmStore, disk: DiskLayer, folder: Path) -> None:
+    top, base = (Path(file.path) for file in disk.chain)
+    assert str(top) == disk.frozen
+    assert top.parent.parent == store.directory / ".disks"
+    assert (top.name, base.name) == (TOP, BASE)
+    assert top.read_bytes() == (folder / TOP).read_bytes()
+    assert top.stat().st_ino == disk.chain[0].inode
+    assert top.stat().st_mode & 0o777 == 0o600
+    assert top.parent.stat().st_mode & 0o777 == 0o700
+    subprocess.run([QEMU_IMG, "check", "-q", top], check=True)
 
 
 async def test_disks_go_where_they_are_told(store: VmStore, folder: Path, tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ async def test_disks_go_where_they_are_told(store: VmStore, folder: Path, tmp_pa
     manifest = await from_folder(store, folder, disk_directory=str(place), name="x")
     image = Path(manifest.disks[0].frozen)
     assert image.parent.parent == place
-    status, above = image.stat(), place.stat()
+    status, above = os.stat(image), os.stat(place)
     assert (status.st_uid, status.st_gid) == (above.st_uid, above.st_gid)
     with pytest.raises(TargetRefused, match="cannot make a folder in /nowhere"):
         await from_folder(store, folder, disk_directory="/nowhere", name="y")
@@ -287,7 +288,6 @@ HOSTILE: dict[str, tuple[Change, type[QsnapError], str]] = {
     "short file": (lambda f: os.truncate(f / BASE, 100), ImageInvalid, "has 100 bytes"),
     "long file": (lambda f: os.truncate(f / BASE, 1 << 40), ImageInvalid, "has 1099511627776 byt"),
     "file missing": (lambda f: (f / BASE).unlink(), ImageInvalid, "lacks|cannot be opened"),
-    "no description": (lambda f: (f / "export.json").rename(f / "x"), QsnapError, "export.json"),
     "no JSON": (lambda f: spoil("export.json", 0, b"x")(f), ManifestInvalid, "not valid JSON"),
     "newer export": (edit(export=2), ManifestTooNew, "format 2, this qsnapd reads up to 1"),
     "newer snapshot": (edit(snapshot__format=99), ManifestTooNew, "format 99"),
@@ -335,7 +335,7 @@ HOSTILE: dict[str, tuple[Change, type[QsnapError], str]] = {
         ImageInvalid,
         r"\(raw\) as the image below it",
     ),
-    "data file": (again(make(BASE, "-o", "data_file=x", "1M")), ImageInvalid, "another file"),
+    "data file": (again(make(BASE, "-o", "data_file=../x", "1M")), ImageInvalid, "another file"),
     "encrypted": (
         again(spoil(BASE, 32, struct.pack(">I", 1))),
         ImageInvalid,
@@ -377,9 +377,9 @@ async def test_files_in_a_folder_must_be_files(
 ) -> None:
     (folder / BASE).unlink()
     put(folder / BASE)
-    with pytest.raises(ImageInvalid, match="cannot be opened|not a plain file"):
+    with pytest.raises(ImageInvalid, match=r"cannot be opened|not a plain file"):
         await from_folder(store, folder)
-    with pytest.raises(ImageInvalid, match="not a plain file|lacks"):
+    with pytest.raises(ImageInvalid, match=r"not a plain file|lacks"):
         await from_tar(store, pack(folder))
     assert left_in(store) == set()
 
@@ -390,10 +390,9 @@ async def test_streams_with_more_or_less(store: VmStore, folder: Path) -> None:
     for archive, words in (
         (pack(folder), "holds 'extra'"),
         (whole[: len(whole) // 2], "cut off"),
-        (whole[:-10240], "cut off|lacks"),
         (pack(folder, "--transform=s,memory.img,../../etc/x,"), "holds|not a plain"),
         (pack(folder, "--transform=s,^,/abs/,"), "begins with"),
-        (whole[:1024] + whole, "cut off|damaged|not a tar|begins|holds|not valid JSON"),
+        (whole[:BLOCK] + whole, "damaged"),
         (b"", "cut off"),
         (b"\x28\xb5\x2f\xfd" * 1000, "not a tar stream"),
     ):
@@ -421,9 +420,8 @@ async def test_cancelled(store: VmStore, folder: Path) -> None:
     os.write(writer, pack(folder)[:60000])
     with trio.CancelScope() as scope:
 
-        def stop(progress: TransferProgress) -> None:
-            if progress.done_bytes:
-                trio.from_thread.run_sync(scope.cancel)
+        def stop(_progress: TransferProgress) -> None:
+            trio.from_thread.run_sync(scope.cancel)
 
         await import_snapshot(store, ImportRequest(), descriptor=reader, tell=stop)
     assert scope.cancelled_caught

@@ -69,9 +69,7 @@ def probed(version: str = "10.0.2", **more: object) -> Probe:
 
 def test_a_newer_qemu_or_another_package_is_a_note() -> None:
     assert list(compare_qemu(manifest(), probed())) == []
-    assert list(compare_qemu(manifest(), probed("10.1.0"))) == [
-        "QEMU is 10.1.0 now, it was 10.0.2"
-    ]
+    assert list(compare_qemu(manifest(), probed("10.1.0"))) == ["QEMU is 10.1.0 now, it was 10.0.2"]
     [note] = compare_qemu(manifest(qemu_package="built here"), probed())
     assert note == "QEMU 10.0.2 is of package Debian now, it was of built here"
 
@@ -193,7 +191,10 @@ def test_files_that_a_command_line_names() -> None:
         "-chardev socket,id=c,path=hidden,abstract=on,server=on "
         "-chardev file,id=d,path=/l,logfile=m "
         "-vnc unix:/run/q/vnc -serial stdio -qmp tcp:localhost:4444,server -smbios file=/smbios "
-        "-fw_cfg name=opt/x,file=/fw -object secret,id=s,file=/secret -device nic,romfile=rom.bin"
+        "-fw_cfg name=opt/x,file=/fw -object secret,id=s,file=/secret -device nic,romfile=rom.bin "
+        "-object memory-backend-file,id=r,mem-path=/ram -drive file=/cd,media=cdrom "
+        "-drive file=nbd:host:1 -blockdev driver=raw,node-name=n,file.driver=file,"
+        "file.filename=disk -blockdev nvme,node-name=m,device=0000:01:00.0"
     )
     found = {(f.path, f.use) for f in named_files(parse_options(line.split()), "/vms")}
     assert found == {
@@ -212,6 +213,9 @@ def test_files_that_a_command_line_names() -> None:
         ("/smbios", Use.READ),
         ("/fw", Use.READ),
         ("/secret", Use.READ),
+        ("/ram", Use.KEEP_RAM),
+        ("/cd", Use.READ),
+        ("/vms/disk", Use.READ),
     }
     absolute = {f.path for f in named_files(parse_options(line.split()), None)}
     assert absolute == {path for path, _ in found if not path.startswith("/vms/")}

@@ -196,7 +196,7 @@ def test_unknown_names(vm: VmStore) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"format": 2}, ManifestTooNew, "has format 2, this qsnapd reads up to 1"),
+        ({"format": 3}, ManifestTooNew, "has format 3, this qsnapd reads up to 2"),
         ({"format": 7, "brand_new": 1, "name": []}, ManifestTooNew, "format 7"),
         ({"format": None}, ManifestInvalid, "does not tell its format"),
         ({"format": True}, ManifestInvalid, "does not tell its format"),

@@ -25,7 +25,7 @@ class RevertSnapshot(Method):
 
 
 class StartVm(Method):
-    """Start a VM that was left shut off by a revert to a snapshot without memory.
+    """Start a VM left shut off by a revert to a snapshot without memory, or a clone.
 
     Replies are those of CreateSnapshot; the snapshot is the one that the VM goes on from.
     """
