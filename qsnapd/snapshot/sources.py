@@ -53,28 +53,36 @@ class Folder:
     def read_export(self) -> Export:
         path = self._path / EXPORT_NAME
         try:
-            with path.open("rb") as file:
+            with open(_open(path), "rb") as file:
                 return parse_export(file.read(_TEXT_LIMIT_BYTES), str(path))
+        except ImageInvalid as exc:
+            raise ManifestInvalid(str(exc)) from exc
         except OSError as exc:
             raise ManifestInvalid(f"{path} cannot be read: {exc.strerror}") from exc
 
     def copy(self, files: Mapping[str, ExportedFile], create: Create, tick: Tick) -> None:
         for name, file in files.items():
             path = self._path / name
+            fd = _open(path)
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError as exc:
-                raise ImageInvalid(f"{path} cannot be opened: {exc.strerror}") from exc
-            try:
-                status = os.fstat(fd)
-                if not stat.S_ISREG(status.st_mode):
-                    raise ImageInvalid(f"{path} is not a plain file")
-                _require_size(name, status.st_size, file)
+                _require_size(name, os.fstat(fd).st_size, file)
                 _require_same(name, copy_sparse(fd, create(name), file.size_bytes, tick), file)
             except OSError as exc:
                 raise StoreError(f"cannot copy {path}: {exc.strerror}") from exc
             finally:
                 os.close(fd)
+
+
+def _open(path: Path) -> int:
+    """Open a plain file, and nothing that one could wait for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise ImageInvalid(f"{path} cannot be opened: {exc.strerror}") from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ImageInvalid(f"{path} is not a plain file")
+    return fd
 
 
 class Stream:

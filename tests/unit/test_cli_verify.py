@@ -49,6 +49,13 @@ async def test_bad_news_are_an_exit_status(served: Served) -> None:
     )
 
 
+async def test_what_was_not_checked_is_not_called_sound(served: Served) -> None:
+    detail = "the host has no room"
+    served.host.verdict = Check(what="restore", outcome=Outcome.UNCHECKED, detail=detail)
+    said = await run(served, "snapshot-verify vm1 s1 --deep")
+    assert said.endswith("Domain snapshot s1 is sound as far as it was checked\n")
+
+
 async def test_unknown_snapshot(served: Served) -> None:
     assert "no snapshot" in await run(served, "snapshot-verify vm1 other", status=1)
 

@@ -468,6 +468,10 @@ async def test_nothing_to_read(store: VmStore, folder: Path) -> None:
         await import_snapshot(store, ImportRequest(), descriptor=None, tell=tell)
     with pytest.raises(ManifestInvalid, match="No such file"):
         await from_folder(store, folder / "nowhere")
+    (folder / "export.json").unlink()
+    os.mkfifo(folder / "export.json")
+    with pytest.raises(ManifestInvalid, match="not a plain file"):
+        await from_folder(store, folder)
     fd = os.open(folder, os.O_RDONLY)
     with pytest.raises(TargetRefused, match="is a directory's"):
         await import_snapshot(store, ImportRequest(), descriptor=fd, tell=tell)
