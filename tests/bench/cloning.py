@@ -50,13 +50,16 @@ async def measure_clones(qemu: Qemu, scale: RestoreScale, notebook: Notebook) ->
 
 
 def _note(qemu: Qemu, notebook: Notebook, subject: str, pids: Sequence[int]) -> None:
-    for line, measure in MEASURES.items():
-        value = sum(_read_mib(pid, line) for pid in pids)
-        notebook.measurements.append(
-            Measurement(qemu.version, subject, 0, measure, value, clones=len(pids))
-        )
+    values = {
+        measure: sum(_read_mib(pid, line) for pid in pids) for line, measure in MEASURES.items()
+    }
+    notebook.measurements.extend(
+        Measurement(qemu.version, subject, 0, measure, value, clones=len(pids))
+        for measure, value in values.items()
+    )
     notebook.tell(
-        f"QEMU {qemu}: {subject}: {value:.0f} MiB of their own in clones 1 to {len(pids)}"
+        f"QEMU {qemu}: {subject}: {len(pids)} of the clones have "
+        f"{values['resident_mib']:.0f} MiB, {values['own_mib']:.0f} of it their own"
     )
 
 

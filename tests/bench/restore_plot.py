@@ -43,7 +43,8 @@ def write_restore_plot(path: Path, measurements: Sequence[Measurement]) -> None:
     for axes in (word, load):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("RAM, MiB")
+        axes.xaxis.set_major_formatter(lambda mib, _: f"{mib / 1024:g}")
+        axes.set_xlabel("RAM, GiB")
     clones.set_xlabel("clones")
     clones.set_ylim(bottom=0)
     for axes in (word, load, clones):

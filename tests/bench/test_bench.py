@@ -12,7 +12,7 @@ from tests.bench.restoring import name_of
 from tests.bench.summary import PAUSE_OVER_FLOOR, Line, Results, summarize
 from tests.parts import BACKPORTS_QEMU, ROOT, SYSTEM_QEMU
 
-QUICK_LIMIT_S = 240.0
+QUICK_LIMIT_S = 400.0
 
 
 def test_a_quick_bench_measures_everything(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from qsnapd.errors import (
 )
 from qsnapd.model.plan import JournalEntry, Launch, Loading, RevertPlan
 from qsnapd.model.request import CreateRequest, Memory, RevertRequest
-from qsnapd.model.snapshot import Strategy
+from qsnapd.model.snapshot import Manifest, Strategy
 from qsnapd.snapshot import load
 from qsnapd.snapshot.job import Job
 from qsnapd.store.journal import Journal
@@ -181,6 +181,7 @@ async def test_shut_off_with_words_if_nothing_was_kept(
     qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def load_memory(vm: AttachedVm, loading: Loading, job: Job) -> None:
+        await vm.run_state()
         raise CaptureFailed("QEMU could not load it")
 
     async with open_lazy(qemu, tmp_path) as (vm, rig):
@@ -304,19 +305,23 @@ async def test_disk_only_snapshot(qemu: Qemu, tmp_path: Path) -> None:
     async with open_busy(qemu, tmp_path) as (vm, rig):
         manifest = await rig.create(VM, CreateRequest(name="s"))
         without_memory(tmp_path / VM / "s")
-        files = [Path(disk.frozen).read_bytes() for disk in manifest.disks]
+        files = read_all(manifest)
         await revert(rig, "s")
         assert (rig.host.vm(VM).state, rig.host.current(VM)) == ("shut off", "s")
         assert vm.pids() == []
         mark = len(vm.log_lines())
         await rig.revert(VM, RevertRequest(name="s", state="running"))
         await vm.wait_line(lambda line: line.startswith("OK"), since=mark)
-        assert [Path(disk.frozen).read_bytes() for disk in manifest.disks] == files
+        assert read_all(manifest) == files
         await rig.revert(VM, RevertRequest(name="s", state="paused"))
         assert rig.host.vm(VM).state == "paused"
         await rig.host.resume(VM)
         mark = len(vm.log_lines())
         await vm.wait_line(lambda line: line.startswith("OK"), since=mark)
+
+
+def read_all(manifest: Manifest) -> list[bytes]:
+    return [Path(disk.frozen).read_bytes() for disk in manifest.disks]
 
 
 def without_memory(snapshot: Path) -> None:

@@ -59,9 +59,11 @@ async def test_daemon_killed(qemu: Qemu, event: str, tmp_path: Path) -> None:
 @each_qemu
 async def test_guest_is_resumed_behind_a_killed_daemon(qemu: Qemu, tmp_path: Path) -> None:
     """By what systemd runs then; the rest is left to the next daemon."""
-    async with open_vm(qemu, LAZY, disks=TWO_DISKS, memory_mib=64) as vm:
-        async with open_attached(tmp_path, vm, qemu) as daemon:
-            await daemon.ctl(f"snapshot-create-as {VM} s")
-            await kill_while_reverting(vm, daemon, "STOP")
-            await reconcile(daemon)
-            assert (await vm.execute("query-status"))["running"]
+    async with (
+        open_vm(qemu, LAZY, disks=TWO_DISKS, memory_mib=64) as vm,
+        open_attached(tmp_path, vm, qemu) as daemon,
+    ):
+        await daemon.ctl(f"snapshot-create-as {VM} s")
+        await kill_while_reverting(vm, daemon, "STOP")
+        await reconcile(daemon)
+        assert (await vm.execute("query-status"))["running"]
