@@ -14,15 +14,13 @@ from qsnapd.errors import QsnapError
 from qsnapd.model.plan import CheckpointPlan, RevertPlan
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
-from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot.recovery import resume_reverted
 from qsnapd.snapshot.revert import is_same
 from qsnapd.snapshot.undo import give_back_run_state, settle_migration
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration
 from qsnapd.store.snapshots import VmStore
-from qsnapd.vm.attached import learn
-from qsnapd.vm.identity import peer_of, read_process
+from qsnapd.vm.attached import attach
 from qsnapd.vm.tracker import Tracker
 
 VM_LIMIT_S = 60.0
@@ -63,21 +61,17 @@ async def _resume(name: str, qmp: Path, store: VmStore) -> None:
     if checkpoint is None and revert is None:
         return
     async with open_bridge(qmp, name=name) as (bridge, sock):
-        identity = await trio.to_thread.run_sync(peer_of, sock)
-        process = await trio.to_thread.run_sync(read_process, identity)
         tracker = Tracker(lambda old, new: None)
-        session = QmpSession(bridge)
-        session.listen(tracker.on_event)
-        vm = await learn(name, session, tracker, identity, process)
-        status = await session.execute(QueryStatus())
-        tracker.on_attached(status.status, recall(store, identity))
+        vm = await attach(name, bridge, sock, tracker)
+        status = await vm.session.execute(QueryStatus())
+        tracker.on_attached(status.status, recall(store, vm.identity))
         if status.running:
             return
         if checkpoint is not None and is_same(vm, checkpoint):
             plan = checkpoint.plan
             assert isinstance(plan, CheckpointPlan)
             if plan.name not in store.snapshots():
-                await settle_migration(session, plan)
+                await settle_migration(vm.session, plan)
             await give_back_run_state(vm, plan)
         if revert is not None and isinstance(revert.plan, RevertPlan):
             await resume_reverted(vm, revert, store)

@@ -21,13 +21,11 @@ from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
-from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot import export, imported
 from qsnapd.snapshot.job import Job
 from qsnapd.store.snapshots import VmStore
-from qsnapd.vm.attached import AttachedVm, learn
+from qsnapd.vm.attached import AttachedVm, attach
 from qsnapd.vm.condition import lifecycle_event
-from qsnapd.vm.identity import peer_of, read_process
 from qsnapd.vm.launch import Parent
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.process import wait_gone
@@ -113,11 +111,7 @@ class Supervisor:
         vm: AttachedVm | None = None
         try:
             async with open_bridge(self.qmp, name=self.name) as (bridge, sock):
-                identity = await trio.to_thread.run_sync(peer_of, sock)
-                process = await trio.to_thread.run_sync(read_process, identity)
-                session = QmpSession(bridge)
-                session.listen(self.tracker.on_event)
-                vm = await learn(self.name, session, self.tracker, identity, process)
+                vm = await attach(self.name, bridge, sock, self.tracker)
                 await self._enter(vm)
                 await trio.sleep_forever()
         except NobodyListens as exc:

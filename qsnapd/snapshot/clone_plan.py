@@ -11,7 +11,12 @@ from qsnapd.model.plan import ClonePlan, OverlayPlan
 from qsnapd.model.request import CloneRequest
 from qsnapd.model.snapshot import DiskLayer, Manifest
 from qsnapd.snapshot.plan import image_stem
-from qsnapd.snapshot.revert_plan import plan_start, read_manifest_line, require_no_qemu
+from qsnapd.snapshot.revert_plan import (
+    overlay_at,
+    plan_start,
+    read_manifest_line,
+    require_no_qemu,
+)
 from qsnapd.vm.apart import Apart, set_apart
 from qsnapd.vm.apart_seen import renew_generation_id
 from qsnapd.vm.launch import Parent
@@ -92,15 +97,7 @@ def _overlay(disk: DiskLayer, clone: str, token: str) -> OverlayPlan:
     frozen = Path(disk.frozen)
     whose = clone[:CLONE_NAME_LIMIT]
     stem = image_stem(frozen).split(OF)[0]
-    path = frozen.with_name(f"{stem}{OF}{whose}.{disk.target}-{token}.qcow2")
-    return OverlayPlan(
-        target=disk.target,
-        path=str(path),
-        partial=str(path.with_name(f"{path.name}.partial")),
-        backing=disk.frozen,
-        backing_format=disk.frozen_format,
-        virtual_size_bytes=disk.virtual_size_bytes,
-    )
+    return overlay_at(frozen.with_name(f"{stem}{OF}{whose}.{disk.target}-{token}.qcow2"), disk)
 
 
 def _notes(apart: Apart, overlays: tuple[OverlayPlan, ...]) -> tuple[str, ...]:

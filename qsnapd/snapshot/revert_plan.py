@@ -220,9 +220,12 @@ def _map(
 def plan_overlay(disk: DiskLayer, snapshot: str, token: str) -> OverlayPlan:
     """The overlay that a restored QEMU writes to, beside the frozen image."""
     frozen = Path(disk.frozen)
-    path = frozen.with_name(
-        f"{image_stem(frozen)}{AFTER}{snapshot}.{disk.target}-{token}.qcow2"
-    )
+    name = f"{image_stem(frozen)}{AFTER}{snapshot}.{disk.target}-{token}.qcow2"
+    return overlay_at(frozen.with_name(name), disk)
+
+
+def overlay_at(path: Path, disk: DiskLayer) -> OverlayPlan:
+    """An overlay over a snapshot's frozen image."""
     return OverlayPlan(
         target=disk.target,
         path=str(path),

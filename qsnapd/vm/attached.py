@@ -1,5 +1,6 @@
 """A VM that qsnapd talks to right now: its session, its process, its condition."""
 
+import socket
 from dataclasses import dataclass, replace
 
 import trio
@@ -22,8 +23,9 @@ from qsnapd.qmp.commands import (
     VersionInfo,
 )
 from qsnapd.qmp.session import QmpSession
+from qsnapd.qmp.transport import QmpTransport
 from qsnapd.vm.cpu import read_cpu
-from qsnapd.vm.identity import ProcessIdentity
+from qsnapd.vm.identity import ProcessIdentity, peer_of, read_process
 from qsnapd.vm.tracker import Tracker
 
 RESUME_LIMIT_S = 30.0
@@ -142,6 +144,20 @@ class AttachedVm:
             f"{refusal or 'QEMU accepts cont, and it has no effect'}",
             effect=Effect.GUEST_PAUSED,
         )
+
+
+async def attach(
+    name: str, bridge: QmpTransport, sock: socket.socket, tracker: Tracker
+) -> AttachedVm:
+    """Find out which process answers on *sock*, and what it is; *tracker* hears its events.
+
+    Raises: SessionLost: it has ended. VmError: it cannot be looked into. QMP's errors.
+    """
+    identity = await trio.to_thread.run_sync(peer_of, sock)
+    process = await trio.to_thread.run_sync(read_process, identity)
+    session = QmpSession(bridge)
+    session.listen(tracker.on_event)
+    return await learn(name, session, tracker, identity, process)
 
 
 async def learn(
