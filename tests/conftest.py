@@ -1,8 +1,12 @@
 """The order of the tests: what fails soonest and means most comes first."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell that starts us in the background lets us, and all that we start, ignore this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GATE = ("test_gate.py", "test_layers.py")
 FOLDERS = ("unit", "real", "faults", "system", "bench")

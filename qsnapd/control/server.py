@@ -21,7 +21,7 @@ from qsnapd.control.host import Host
 from qsnapd.control.methods import METHODS
 from qsnapd.control.methods.base import Method
 from qsnapd.control.wire import Message, PeerGone, Wire
-from qsnapd.errors import BadRequest, ControlError, QsnapError
+from qsnapd.errors import BadRequest, ControlError, QsnapError, StoreError
 from qsnapd.model.base import Frozen
 
 MAX_CONNECTIONS = 256
@@ -74,7 +74,8 @@ class Server:
 
         Made for `trio.serve_listeners`. Jobs that the client started go on after it.
         """
-        wire, peer = Wire(stream), Peer.of(stream.socket)
+        peer = Peer.of(stream.socket)
+        wire = Wire(stream, takes_descriptors=self._access.role(peer) >= Role.ADMIN)
         self._connections[peer.uid] += 1
         try:
             async with stream:
@@ -134,6 +135,9 @@ class Server:
             return {"parameters": reply.model_dump(mode="json")}
         except QsnapError as exc:
             return _failure(exc)
+        except OSError as exc:  # the world's doing, and no reason to end the daemon
+            log.exception("pid %d: %s failed", peer.pid, call.method)
+            return _failure(StoreError(f"{exc.filename or 'a file'}: {exc.strerror}"))
         except _ServiceError as exc:
             return exc.reply
 

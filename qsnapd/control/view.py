@@ -46,9 +46,11 @@ def placed(
 
 
 def _count_below(name: str, children: dict[str, list[str]]) -> int:
-    count = 0
+    seen = {name}  # manifests that were changed by hand may go in circles
     pending = list(children[name])  # no recursion: a chain of snapshots can be long
     while pending:
-        count += 1
-        pending += children[pending.pop()]
-    return count
+        below = pending.pop()
+        if below not in seen:
+            seen.add(below)
+            pending += children[below]
+    return len(seen) - 1

@@ -44,8 +44,12 @@ class Wire:
         *,
         idle_limit_s: float = IDLE_LIMIT_S,
         message_limit_s: float = MESSAGE_LIMIT_S,
+        takes_descriptors: bool = False,
     ) -> None:
+        """*takes_descriptors*: from somebody trusted. To close one may take as long as its
+        file system likes; those that are not taken, the kernel drops without that."""
         self._stream = stream
+        self._ancillary_bytes = _ANCILLARY_BYTES if takes_descriptors else 0
         self._idle_limit_s = idle_limit_s
         self._message_limit_s = message_limit_s
         self._buffer = bytearray()
@@ -130,7 +134,7 @@ class Wire:
         if not isinstance(self._stream, trio.SocketStream):
             return await self._stream.receive_some(_CHUNK_BYTES)
         chunk, ancillary, _, _ = await self._stream.socket.recvmsg(
-            _CHUNK_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            _CHUNK_BYTES, self._ancillary_bytes, socket.MSG_CMSG_CLOEXEC
         )
         for descriptor in _descriptors(ancillary):
             if self._descriptor is None:

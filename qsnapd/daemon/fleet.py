@@ -5,15 +5,16 @@ registered in the store.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from qsnapd.daemon.supervisor import NOTHING, Supervisor
-from qsnapd.errors import QsnapError, StoreError, UnknownVm, VmExists, WrongState
+from qsnapd.errors import QsnapError, StoreError, TargetRefused, UnknownVm, VmExists, WrongState
 from qsnapd.model.event import Event
 from qsnapd.model.plan import ClonePlan
 from qsnapd.model.registration import Registration
@@ -21,6 +22,7 @@ from qsnapd.snapshot.clone import undo_clone
 from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration, remove_made
+from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.last_seen import Remembering
 from qsnapd.vm.launcher import Launcher
 
@@ -147,13 +149,48 @@ class Fleet(Mapping[str, Supervisor]):
 
     def add_clone(self, source: str, name: str, qmp: Path) -> Supervisor:
         """Look after a clone from now on; it is started like what it was made of at first."""
-        while source in self and source not in self._configured:
-            registration = read_registration(self[source].store)
-            if registration is None or registration.source == source:
+        launcher = self._clone_launcher(self._origin(source), name)
+        remembering = Remembering(launcher, self._store.vm(name))
+        return self.add(name, qmp, remembering, configured=False)
+
+    def _origin(self, name: str) -> str:
+        """The VM of the configuration that *name* was made of at first, as far as that is known.
+
+        From the store, because the clones in between may not be in the fleet yet.
+        """
+        seen = set[str]()
+        while name not in self._configured | seen and self._store.is_used(name):
+            seen.add(name)
+            try:
+                registration = read_registration(self._store.vm(name))
+            except StoreError as exc:
+                _log.warning("clone %s: not known what it was made of: %s", name, exc)
                 break
-            source = registration.source
-        launcher = Remembering(self._clone_launcher(source, name), self._store.vm(name))
-        return self.add(name, qmp, launcher, configured=False)
+            if registration is None:
+                break
+            name = registration.source
+        return name
+
+    def store_of_source(self, clone: Registration) -> VmStore:
+        """Where the snapshot is that a clone was made of; its VM need not be in the fleet.
+
+        Raises: UnknownVm: nothing is kept of that VM. StoreError.
+        """
+        if not self._store.is_used(clone.source):
+            raise UnknownVm(
+                f"nothing is kept of VM {clone.source}, which VM {clone.name} was made of: there "
+                f"should be its snapshot {clone.snapshot}"
+            )
+        return self._store.vm(clone.source)
+
+    def require_own_monitor(self, name: str, qmp: Path) -> None:
+        """Raise TargetRefused if *qmp*, meant for the new VM *name*, is another's."""
+        path = os.path.realpath(qmp)  # of a VM that is shut off nobody serves it
+        for other, watched in self._watched.items():
+            if os.path.realpath(watched.supervisor.qmp) == path:
+                raise TargetRefused(
+                    f"{qmp} is the monitor of VM {other}: choose another path for that of VM {name}"
+                )
 
     def registration(self, name: str) -> Registration | None:
         """What is known of a clone; None of a VM of the configuration. Raises: StoreError."""
@@ -223,6 +260,12 @@ class Fleet(Mapping[str, Supervisor]):
             raise WrongState(
                 f"VM {name} has snapshots ({', '.join(kept)}), whose files would belong to nobody"
             )
+        begun = await trio.to_thread.run_sync(supervisor.store.partials)
+        if begun:
+            raise WrongState(
+                f"VM {name} is getting a snapshot right now ({', '.join(begun)}): wait for that to "
+                "end"
+            )
         clones = await trio.to_thread.run_sync(self._clones_of, name)
         if clones:
             raise WrongState(
@@ -230,11 +273,17 @@ class Fleet(Mapping[str, Supervisor]):
                 "lie over its own; undefine these first"
             )
         registration = await trio.to_thread.run_sync(read_registration, supervisor.store)
-        if self.get(name) is not supervisor or supervisor.job is not None:
+        stores = [supervisor.store]
+        if registration is not None:
+            with suppress(UnknownVm):
+                stores.append(self.store_of_source(registration))
+        await trio.to_thread.run_sync(_require_ended, name, stores)
+        if self.get(name) is not supervisor or supervisor.job or supervisor.attached:
             raise WrongState(f"VM {name}: somebody else is changing it right now")
         with trio.CancelScope(shield=True):
             await self.stop(name)
             try:
+                await trio.to_thread.run_sync(self._store.require_no_snapshots, name)
                 removed: tuple[str, ...] = ()
                 if registration is not None:
                     removed = await trio.to_thread.run_sync(
@@ -245,3 +294,13 @@ class Fleet(Mapping[str, Supervisor]):
                 self.add(name, supervisor.qmp, supervisor.launcher, configured=False)
                 raise
         return removed
+
+
+def _require_ended(name: str, stores: list[VmStore]) -> None:
+    """Raise WrongState if one of *stores* knows of a QEMU of VM *name* that runs. Blocks."""
+    for lease in (lease for store in stores for lease in store.leases.all()):
+        if lease.holder == name:
+            raise WrongState(
+                f"VM {name} runs, as process {lease.pid}, though its monitor does not answer: "
+                "shut it down first"
+            )

@@ -151,6 +151,7 @@ class LocalHost:
                     loads_lazily=found.loads_lazily,
                 )
             )
+            self._fleet.require_own_monitor(request.clone, Path(plan.qmp))
             supervisor = self._fleet.add_clone(name, request.clone, Path(plan.qmp))
         job = self._new_job(request.clone, JobKind.CLONE, request.name)
         differences = map(str, found.differences)
@@ -179,14 +180,17 @@ class LocalHost:
         clone = await trio.to_thread.run_sync(self._fleet.registration, name)
         planned = await trio.to_thread.run_sync(supervisor.store.next_start.read)
         job = self._new_job(name, JobKind.START, supervisor.store.current())
-        supervisor.claim(job)
         if clone is None or planned is not None:
+            supervisor.claim(job)
             self._start(supervisor, job, lambda: boot(supervisor, job))
             return job
+        source = self._fleet.store_of_source(clone)
+        manifest = source.manifest(clone.snapshot)
+        supervisor.claim(job)
 
         async def boot_again() -> Manifest:
-            await boot_clone(supervisor, job, clone)
-            return self._fleet.find(clone.source).store.manifest(clone.snapshot)
+            await boot_clone(supervisor, job, clone, source)
+            return manifest
 
         self._start(supervisor, job, boot_again)
         return job

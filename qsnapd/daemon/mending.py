@@ -68,8 +68,10 @@ class Mender:
     async def mend_after_job(self) -> None:
         """Go on undoing a job whose undoing failed, until it is done or QEMU is lost."""
         delay_s = MEND_FIRST_S
-        while (vm := self._vm.attached) is not None and await self._journal_stands():
+        while (vm := self._vm.attached) is not None:
             try:
+                if not await self._journal_stands():
+                    return
                 await self.mend(vm)  # not self._vm.attached: QEMU may have gone meanwhile
                 self._vm.problem = None
             except QsnapError as exc:

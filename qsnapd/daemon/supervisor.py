@@ -82,9 +82,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Keep the VM attached whenever its QEMU answers; never returns."""
-        for problem in self.store.problems().values():
-            _log.error("VM %s: a snapshot is not listed: %s", self.name, problem)
-        await trio.to_thread.run_sync(self._remove_leftovers)
+        await trio.to_thread.run_sync(self._look_through_store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_condition)
             nursery.start_soon(self.mender.go_on_reverting)
@@ -98,9 +96,11 @@ class Supervisor:
                 with trio.move_on_after(delay_s):
                     await self._hurry.wait()
 
-    def _remove_leftovers(self) -> None:
-        """Of transfers that a killed daemon was in the middle of. Blocks."""
+    def _look_through_store(self) -> None:
+        """Tell what is not listed, and remove what transfers of a killed daemon left. Blocks."""
         try:
+            for problem in self.store.problems().values():
+                _log.error("VM %s: a snapshot is not listed: %s", self.name, problem)
             imported.remove_leftovers(self.store, self._made_at_s)
             export.remove_leftovers(self.store, self._made_at_s)
         except StoreError as exc:

@@ -34,15 +34,16 @@ def _refused(path: Path, exc: OSError, verb: str = "create") -> TargetRefused:
     return TargetRefused(f"cannot {verb} {path}: {cause}")
 
 
-def create_exclusive(path: Path) -> int:
+def create_exclusive(path: Path, *, dir_fd: int | None = None) -> int:
     """Create *path*, empty and for its owner alone (0600); return a descriptor to read and write.
 
+    With *dir_fd*, a relative path begins in that directory, whatever its name is by now.
     On failure: as if never called; what lay at *path*, a dangling link too, is untouched.
     Raises: TargetRefused: with the reason in words.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, flags, 0o600)
+        return os.open(path, flags, 0o600, dir_fd=dir_fd)
     except OSError as exc:
         raise _refused(path, exc) from exc
 

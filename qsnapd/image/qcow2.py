@@ -60,8 +60,10 @@ def read_header(fd: int) -> Header:
     features = _FEATURES.unpack_from(head, _FEATURES_OFFSET_BYTES)[0] if version == 3 else 0
     length = _LENGTH.unpack_from(head, _LENGTH_OFFSET_BYTES)[0] if version == 3 else 72
     backing = _name(fd, name_offset, name_bytes) if name_offset else None
-    end = name_offset if 0 < name_offset < len(head) else len(head)
-    extensions = dict(_extensions(head[:end], length))
+    # As far as QEMU looks, or the whole of what was read: then they must end within it.
+    is_all = 0 < name_offset <= len(head)
+    end = name_offset if is_all else len(head)
+    extensions = dict(_extensions(head[:end], length, is_all=is_all))
     backing_format = extensions.get(_BACKING_FORMAT)
     return Header(
         virtual_size_bytes=size_bytes,
@@ -78,7 +80,7 @@ def _name(fd: int, offset: int, length: int) -> str:
         raise ImageInvalid(f"its header has a backing file name of {length} bytes")
     try:
         name = os.pread(fd, length, offset)
-    except OverflowError:
+    except (OverflowError, OSError):  # EINVAL: it would end behind what a file can hold
         name = b""
     if len(name) < length:
         raise ImageInvalid("its header puts the backing file's name behind the end")
@@ -89,7 +91,7 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _extensions(head: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+def _extensions(head: bytes, offset: int, *, is_all: bool) -> Iterator[tuple[int, bytes]]:
     while offset + 8 <= len(head):
         kind, length = struct.unpack_from(">II", head, offset)
         offset += 8
@@ -99,3 +101,5 @@ def _extensions(head: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
             raise ImageInvalid("its header is cut off")
         yield kind, head[offset : offset + length]
         offset += -(-length // 8) * 8
+    if not is_all:
+        raise ImageInvalid("its header has no end within what is read of it")

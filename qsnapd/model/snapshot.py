@@ -19,7 +19,11 @@ MANIFEST_FORMAT = 2
 """
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-AbsolutePath = Annotated[str, Field(pattern=r"^/")]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""As the kernel takes words and names: without the character that ends them."""
+AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$")]
+Id = Annotated[int, Field(ge=0, lt=2**32 - 1)]
+"""Of a user or group; the last one means "do not change" to the kernel."""
 
 
 class Strategy(StrEnum):
@@ -59,8 +63,8 @@ class MemoryImage(Frozen):
 class DiskLayer(Frozen):
     """One disk at the moment of the snapshot."""
 
-    target: str
-    """The disk's short name, e.g. "vda"."""
+    target: Annotated[str, Field(pattern=r"^[^/\x00]+$", max_length=128)]
+    """The disk's short name, e.g. "vda"; a part of file names."""
     node: str
     """QEMU's node name of the frozen image."""
     qdev: str | None = None
@@ -88,12 +92,12 @@ class Process(Frozen):
     """The QEMU process as it ran: what it takes to start it again."""
 
     exe: AbsolutePath
-    argv: tuple[str, ...]
+    argv: Annotated[tuple[Text, ...], Field(min_length=1)]
     cwd: AbsolutePath
-    uid: NonNegativeInt
-    gid: NonNegativeInt
-    groups: tuple[NonNegativeInt, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
+    uid: Id
+    gid: Id
+    groups: tuple[Id, ...] = ()
+    environment: tuple[tuple[Text, Text], ...] = ()
     """Only what QEMU and its libraries read, never the whole environment."""
 
 
@@ -147,7 +151,7 @@ class Manifest(Frozen):
     """From the request to the moment before the commit."""
     memory: MemoryImage | None
     disks: tuple[DiskLayer, ...]
-    qemu_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+")]
+    qemu_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+", max_length=100)]
     qemu_package: str = ""
     machine: Machine
 

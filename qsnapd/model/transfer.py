@@ -18,7 +18,8 @@ MEMORY_NAME = "memory.img"
 
 DiskFileName = Annotated[str, Field(pattern=r"^disk-[a-z0-9][a-z0-9.-]*$", max_length=100)]
 """One part of a path, and none that qsnapd gives to anything else."""
-FileSize = Annotated[int, Field(ge=0, le=1 << 44)]
+FILE_LIMIT_BYTES = 1 << 44
+FileSize = Annotated[int, Field(ge=0, le=FILE_LIMIT_BYTES)]
 
 
 class ExportedFile(Frozen):
@@ -60,8 +61,11 @@ class Export(Frozen):
 
     @model_validator(mode="after")
     def _is_the_snapshot(self) -> Self:
-        if [d.target for d in self.disks] != [d.target for d in self.snapshot.disks]:
+        targets = [disk.target for disk in self.disks]
+        if targets != [disk.target for disk in self.snapshot.disks]:
             raise ValueError("the disks are not those of the snapshot")
+        if len(set(targets)) < len(targets):
+            raise ValueError("two disks have the same name")
         if (self.memory is None) != (self.snapshot.memory is None):
             raise ValueError("the memory image is not that of the snapshot")
         names = list(self.files())

@@ -25,7 +25,9 @@ async def with_watcher(
             results.append(await work())
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        foreseen, others = group.split(QsnapError)
+        # Whoever is cancelled meanwhile will notice at its next step.
+        others = group.split((QsnapError, trio.Cancelled))[1]
+        foreseen = group.subgroup(QsnapError)
         if foreseen is None or others is not None:
             raise
         raise _first(foreseen) from None

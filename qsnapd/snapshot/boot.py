@@ -9,6 +9,7 @@ from qsnapd.model.state import Condition
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.snapshot.start import Seat, start
+from qsnapd.snapshot.switch import hold_lease
 
 
 async def boot(seat: Seat, job: Job) -> Manifest:
@@ -17,6 +18,7 @@ async def boot(seat: Seat, job: Job) -> Manifest:
     On success: it runs; the plan is used up. Returns the snapshot it goes on from.
     On failure: it is shut off as before, and the plan stands.
     Raises: WrongState: it runs, or no revert has left such a plan. VmError.
+      StoreError: it runs, and that could not be written down.
     """
     entry = await trio.to_thread.run_sync(seat.store.next_start.read)
     if seat.attached is None:
@@ -31,6 +33,8 @@ async def boot(seat: Seat, job: Job) -> Manifest:
     await seat.launcher.prepare(plan.launch, lasting=True)
     job.instruction = seat.launcher.instruction(plan.launch)
     vm = await start(seat, plan, job, made=entry.made, shown_as=shown_as)
-    await vm.ensure_running(shown_as)
-    await trio.to_thread.run_sync(seat.store.next_start.clear)
+    with trio.CancelScope(shield=True):
+        await vm.ensure_running(shown_as)
+        await hold_lease(vm, plan, seat.store)
+        await trio.to_thread.run_sync(seat.store.next_start.clear)
     return seat.store.manifest(plan.name)

@@ -116,9 +116,21 @@ def _make_pipes(plan: ClonePlan) -> None:
         try:
             os.mkfifo(path, 0o600)
             if os.geteuid() == 0:
-                os.chown(path, plan.launch.uid, plan.launch.gid, follow_symlinks=False)
+                give_pipe(path, plan.launch.uid, plan.launch.gid)
         except OSError as exc:
             raise VmError(f"cannot make the pipe {path}: {exc.strerror}") from exc
+
+
+def give_pipe(path: str, uid: int, gid: int) -> None:
+    """Give a FIFO to the user that QEMU runs as. Raises: VmError: it is none. OSError."""
+    # The folder may be that user's, who could put something else there meanwhile.
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            raise VmError(f"cannot make the pipe {path}: something else was put in its place")
+        os.chown(f"/proc/self/fd/{descriptor}", uid, gid)
+    finally:
+        os.close(descriptor)
 
 
 def _registration(plan: ClonePlan, entry: JournalEntry) -> Registration:

@@ -12,17 +12,20 @@ from qsnapd.model.state import Condition
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.snapshot.start import Seat, start
+from qsnapd.snapshot.switch import hold_lease
 from qsnapd.store.registry import read_last_seen
+from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.identity import is_still, key_of
 from qsnapd.vm.launch import MovedDisk, Start, launch_of, read_command_line
 
 
-async def boot_clone(seat: Seat, job: Job, registration: Registration) -> None:
+async def boot_clone(seat: Seat, job: Job, registration: Registration, source: VmStore) -> None:
     """Start the clone; its guest boots from the newest image of each disk.
 
-    On failure: it is shut off as before.
+    *source* has the snapshot that it was made of.
+    On failure: it is shut off as before, unless the failure is the last step's.
     Raises: WrongState: it runs, or was never seen running. Blocked: an image is not there.
-      VmError: it does not start.
+      VmError: it does not start. StoreError: it runs, and *source* does not know of that.
     """
     if seat.attached is None:
         require_no_qemu(seat.name, seat.qmp)
@@ -36,7 +39,9 @@ async def boot_clone(seat: Seat, job: Job, registration: Registration) -> None:
     await seat.launcher.prepare(plan.launch)
     job.instruction = seat.launcher.instruction(plan.launch)
     vm = await start(seat, plan, job, made=(), shown_as=Condition.RUNNING_BOOTED)
-    await vm.ensure_running(Condition.RUNNING_BOOTED)
+    with trio.CancelScope(shield=True):
+        await vm.ensure_running(Condition.RUNNING_BOOTED)
+        await hold_lease(vm, plan, source)
 
 
 def _plan(seat: Seat, registration: Registration, seen: LastSeen) -> Restore:

@@ -20,6 +20,7 @@ from qsnapd.snapshot.revert_plan import (
 from qsnapd.vm.apart import Apart, set_apart
 from qsnapd.vm.apart_seen import renew_generation_id
 from qsnapd.vm.launch import Parent
+from qsnapd.vm.own_names import fitting
 
 OF = ".of-"
 """Between the name of a disk and that of the clone that has one like it."""
@@ -42,11 +43,11 @@ def plan_clone(
     *source*: the original, *qmp_from*: its monitor. *directory*: where temporary files of the
     clone go.
     Touches nothing: reads file identities, and which names are taken.
-    Raises: Blocked: the recorded command line cannot be used a second time, and why.
-      TargetRefused, WrongState: the monitor's path is in use.
+    Raises: Blocked: the recorded command line cannot be used a second time, and why; or the
+      monitor's path is too long. TargetRefused, WrongState: that path is in use.
     """
     if request.qmp is not None:
-        _require_free(request.clone, Path(request.qmp))
+        require_free(request.clone, Path(request.qmp))
     token = secrets.token_hex(4)
     overlays = tuple(_overlay(disk, request.clone, token) for disk in manifest.disks)
     line = read_manifest_line(manifest, [overlay.path for overlay in overlays], parent)
@@ -86,8 +87,9 @@ def plan_clone(
     )
 
 
-def _require_free(clone: str, qmp: Path) -> None:
-    require_no_qemu(clone, qmp)
+def require_free(clone: str, qmp: Path) -> None:
+    """Refuse a monitor that cannot be had. Raises: Blocked, TargetRefused, WrongState."""
+    require_no_qemu(clone, Path(fitting(str(qmp), "the monitor")))
     # QEMU replaces a socket that nobody listens on, and whatever else it finds there.
     if os.path.lexists(qmp) and not stat.S_ISSOCK(os.lstat(qmp).st_mode):
         raise TargetRefused(f"{qmp} exists already, and is no socket: choose another path")

@@ -65,6 +65,7 @@ class Checkpoint:
         self._job = job
         self._qemu_img = qemu_img
         self._made = ExitStack()
+        self._has_staged = False
 
     async def take(self, request: CreateRequest, *, holds: bool = False) -> Manifest:
         """Take the checkpoint.
@@ -106,7 +107,8 @@ class Checkpoint:
             raise
         plan = plan_checkpoint(request, now, holds=holds)
         self._job.snapshot = plan.name
-        await trio.to_thread.run_sync(check_targets, plan, store.directory)
+        staging = store.partial_path(plan.name)
+        await trio.to_thread.run_sync(check_targets, plan, store.directory, staging)
         identity_of_qemu = self._vm.identity
         entry = JournalEntry(
             plan=plan,
@@ -144,6 +146,7 @@ class Checkpoint:
         if plan.capabilities:  # first, because QEMU may refuse them
             await session.execute(MigrateSetCapabilities.of(plan.capabilities))
         await trio.to_thread.run_sync(self._store.stage, plan.name)
+        self._has_staged = True
         memory = await trio.to_thread.run_sync(create_exclusive, Path(plan.memory_partial))
         self._made.callback(os.close, memory)
         overlays = [await self._make_overlay(pivot) for pivot in plan.pivots]
@@ -180,7 +183,9 @@ class Checkpoint:
         assert entry is not None, "the journal holds the plan until the job has ended"
         try:
             await put_back(self._vm, entry)
-            await trio.to_thread.run_sync(self._store.unstage, plan.name)
+            if self._has_staged:  # else what lies there is an import's of that name
+                await trio.to_thread.run_sync(self._store.unstage, plan.name)
+                self._has_staged = False
             await trio.to_thread.run_sync(self._store.journal.clear)
         except GuestLeftPaused as exc:
             raise exc from cause
@@ -210,13 +215,18 @@ async def settle_committed(vm: AttachedVm, plan: CheckpointPlan, store: VmStore)
     await trio.to_thread.run_sync(store.journal.clear)
 
 
-def check_targets(plan: CheckpointPlan, directory: Path) -> None:
+def check_targets(plan: CheckpointPlan, directory: Path, staging: Path) -> None:
     """Refuse what could only fail later: files in the way, no room for the image. Blocks.
 
     A mapped-ram image is never larger than RAM; neither is a stream that sends each page
     once, but for a few bytes a page. A precopy stream may become as large as its limit.
     Raises: StoreFull, TargetRefused.
     """
+    if os.path.lexists(staging):
+        raise TargetRefused(
+            f"{staging} is there: a snapshot {plan.name} is being imported, or was begun and never "
+            "ended"
+        )
     memory = Path(plan.memory_file)
     for path in (memory, *(Path(pivot.overlay.path) for pivot in plan.pivots)):
         if os.path.lexists(path):

@@ -9,7 +9,7 @@ import os
 import stat
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,23 +70,28 @@ def open_chain(disk: DiskLayer, descriptors: ExitStack) -> tuple[Layer, ...]:
 
 
 def _open(disk: DiskLayer, file: FileIdentity) -> int:
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    # The names are the kernel's own: a link in the place of one was put there since.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(file.path, flags)
     except OSError as exc:
         raise ImageInvalid(
             f"disk {disk.target}: {file.path} cannot be opened: {exc.strerror}"
         ) from exc
-    status = os.fstat(fd)
-    # By inode alone: device numbers may change with a reboot, a device's inode too.
-    if not stat.S_ISBLK(status.st_mode) and (
-        not stat.S_ISREG(status.st_mode) or status.st_ino != file.inode
-    ):
+    if not _is_the_one(fd, file):
         os.close(fd)
         raise ImageInvalid(
             f"disk {disk.target}: {file.path} is another file than when the snapshot was taken"
         )
     return fd
+
+
+def _is_the_one(fd: int, file: FileIdentity) -> bool:
+    """By inode alone: device numbers may change with a reboot, a device's inode too."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):  # no folder of a VM's user leads to one
+        return file.path.startswith("/dev/") and os.readlink(f"/proc/self/fd/{fd}") == file.path
+    return stat.S_ISREG(status.st_mode) and status.st_ino == file.inode
 
 
 def _layer(disk: DiskLayer, file: FileIdentity, fd: int, image_format: str | None) -> Layer:
@@ -117,9 +122,13 @@ def _layer(disk: DiskLayer, file: FileIdentity, fd: int, image_format: str | Non
 async def flatten(layers: Sequence[Layer], target_fd: int, *, qemu_img: str) -> None:
     """Fill the empty file *target_fd* with a qcow2 image of what the guest saw in *layers*.
 
-    Raises: StoreError.
+    Raises: WrongState: an image names another file meanwhile, or nobody may read them all.
+      StoreError.
     """
     await _convert(_node(layers), layers, target_fd, "qcow2", qemu_img=qemu_img)
+    for layer in layers:
+        if layer.format == "qcow2":
+            await trio.to_thread.run_sync(_require_own_data, layer.path, layer.fd)
 
 
 async def copy_raw(layer: Layer, target_fd: int, *, qemu_img: str) -> None:
@@ -130,9 +139,23 @@ async def copy_raw(layer: Layer, target_fd: int, *, qemu_img: str) -> None:
 async def set_backing(
     layer: Layer, target_fd: int, name: str, image_format: str, *, qemu_img: str
 ) -> None:
-    """Make a copy of *layer* name *name* as the image below it. Raises: StoreError."""
+    """Make a copy of *layer* name *name* as the image below it.
+
+    Raises: WrongState: it names another file since it was looked at. StoreError.
+    """
+    await trio.to_thread.run_sync(_require_own_data, layer.path, target_fd)
     words = ["rebase", "-q", "-u", "-f", "qcow2", "-F", image_format, "-b", name]
     await _run([qemu_img, *words, f"/proc/self/fd/{target_fd}"], [layer], target_fd)
+
+
+def _require_own_data(path: str, fd: int) -> None:
+    """Refuse an image that has come to keep its data elsewhere. Raises: WrongState, StoreError."""
+    try:
+        if not read_header(fd).has_data_file:
+            return
+    except OSError as exc:
+        raise StoreError(f"cannot read {path}: {exc.strerror}") from exc
+    raise WrongState(f"{path} keeps its data in another file by now: it cannot be exported")
 
 
 async def _convert(
@@ -162,13 +185,13 @@ def _node(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 async def _run(command: list[str], layers: Sequence[Layer], target_fd: int) -> None:
-    """Run qemu-img on *layers* and the file it writes, as the images' owner if that works."""
-    owner = os.fstat(layers[0].fd)
+    """Run qemu-img on *layers* and the file it writes, as the images' owner."""
+    owner = _owner(layers)
     identity: dict[str, Any] = {}
-    if os.geteuid() == 0 and owner.st_uid != 0 and _may_read_all(owner, layers):
-        identity = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
-        os.fchown(target_fd, owner.st_uid, owner.st_gid)
     try:
+        if owner is not None:
+            os.fchown(target_fd, owner.st_uid, owner.st_gid)
+            identity = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
         with trio.fail_after(CONVERT_LIMIT_S):
             await trio.run_process(
                 command,
@@ -186,12 +209,37 @@ async def _run(command: list[str], layers: Sequence[Layer], target_fd: int) -> N
             "qemu-utils; the config may name another)"
         ) from exc
     except OSError as exc:
-        raise StoreError(f"cannot run {command[0]}: {exc.strerror}") from exc
+        raise StoreError(
+            f"cannot run {command[0]} as the owner of {layers[0].path}: {exc.strerror}"
+        ) from exc
     except trio.TooSlowError:
         raise StoreError(f"{command[0]} took longer than {CONVERT_LIMIT_S:g} s") from None
     finally:
         if identity:
-            os.fchown(target_fd, os.geteuid(), os.getegid())
+            with suppress(OSError):
+                os.fchown(target_fd, os.geteuid(), os.getegid())
+
+
+def _owner(layers: Sequence[Layer]) -> os.stat_result | None:
+    """As whom images are read that are not root's; None: as whoever this is.
+
+    Raises: WrongState: only root may read all of them. Their owners can change headers at any
+      time, and root would open whatever file they name.
+    """
+    if os.geteuid() != 0:
+        return None
+    owners = [(layer, os.fstat(layer.fd)) for layer in layers]
+    others = [(layer, status) for layer, status in owners if status.st_uid != 0]
+    for _, status in others:
+        if _may_read_all(status, layers):
+            return status
+    for layer, status in others:
+        if layer.format == "qcow2":
+            raise WrongState(
+                f"{layer.path} belongs to user {status.st_uid}, who may not read all images of "
+                "the disk: let one user read them all, then export again"
+            )
+    return None
 
 
 def _may_read_all(user: os.stat_result, layers: Sequence[Layer]) -> bool:

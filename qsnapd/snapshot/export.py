@@ -119,9 +119,12 @@ def _remove_folder(path: Path) -> None:
 def _write_export(folder: Path, export: Export) -> None:
     """The last file, which makes the folder an export; all of it is durable on return."""
     descriptor = create_exclusive(folder / EXPORT_NAME)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(export.model_dump_json(indent=1) + "\n")
-        file.flush()
-        sync_file(descriptor)
-    sync_directory(folder)
-    sync_directory(folder.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(export.model_dump_json(indent=1) + "\n")
+            file.flush()
+            sync_file(descriptor)
+        sync_directory(folder)
+        sync_directory(folder.parent)
+    except OSError as exc:
+        raise StoreError(f"cannot write {folder / EXPORT_NAME}: {exc.strerror}") from exc

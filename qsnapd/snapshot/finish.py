@@ -11,6 +11,7 @@ from qsnapd.image import digest, mapped_ram, stream
 from qsnapd.image.files import allocated_bytes, sync_file
 from qsnapd.image.punch import punch
 from qsnapd.image.savevm import Verified
+from qsnapd.image.slow import SLOW
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import (
     DiskLayer,
@@ -38,7 +39,7 @@ async def finish_image(
     Cancellation: stops at the next mebibyte; the image is then worth nothing.
     Raises: CaptureFailed, ImageInvalid, StoreError.
     """
-    return await trio.to_thread.run_sync(_finish_image, target, ram_blocks)
+    return await trio.to_thread.run_sync(_finish_image, target, ram_blocks, limiter=SLOW)
 
 
 def _finish_image(

@@ -4,6 +4,7 @@ What can be taken as it is, is; a tar stream then reads the store's own file thr
 """
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -11,12 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import trio
+from pydantic import ValidationError
 
-from qsnapd.errors import ImageInvalid, StoreError
+from qsnapd.errors import ImageInvalid, StoreError, WrongState
 from qsnapd.image.files import allocated_bytes, create_exclusive, require_space, sync_file
 from qsnapd.image.sparse import Content, copy_sparse
 from qsnapd.model.snapshot import DiskLayer, Manifest, MemoryImage
 from qsnapd.model.transfer import (
+    FILE_LIMIT_BYTES,
     MEMORY_NAME,
     Export,
     ExportedDisk,
@@ -31,6 +34,8 @@ from qsnapd.snapshot.meter import Meter
 _HEADER_BYTES = 1 << 20
 """Room for what qemu-img writes beside the data of a disk."""
 _LOOK_EVERY_S = 0.25
+_TARGET = re.compile(r"[a-z][a-z0-9-]{0,60}")
+"""What a file can be named after; all other disks are counted."""
 
 
 class Gathering:
@@ -64,15 +69,20 @@ class Gathering:
         if memory is not None:
             exported_memory = await self._memory(*memory)
         disks = []
-        for disk, layers in zip(manifest.disks, chains, strict=True):
-            copy = self._chain if chained else self._flat
-            disks.append(ExportedDisk(target=disk.target, images=await copy(disk, layers)))
-        return Export(
-            exported_at=datetime.now(UTC),
-            snapshot=manifest,
-            memory=exported_memory,
-            disks=tuple(disks),
-        )
+        copy = self._chain if chained else self._flat
+        try:
+            for stem, disk, layers in zip(_stems(manifest), manifest.disks, chains, strict=True):
+                images = await copy(stem, disk, layers)
+                disks.append(ExportedDisk(target=disk.target, images=images))
+            return Export(
+                exported_at=datetime.now(UTC),
+                snapshot=manifest,
+                memory=exported_memory,
+                disks=tuple(disks),
+            )
+        except ValidationError as exc:
+            first = exc.errors(include_url=False)[0]["msg"]
+            raise WrongState(f"snapshot {manifest.name} cannot be exported: {first}") from exc
 
     def _require_room(
         self,
@@ -85,6 +95,7 @@ class Gathering:
         if memory is not None and not self._streamed:
             needed_bytes += min(memory[0].allocated_bytes, memory[0].size_bytes)
         for disk, layers in zip(self._manifest.disks, chains, strict=True):
+            _require_fitting(disk, layers)
             data = [layer.data_bytes for layer in layers if not chained or self._is_copied(layer)]
             most = sum(data) if chained else min(sum(data), disk.virtual_size_bytes)
             needed_bytes += most + len(data) * _HEADER_BYTES
@@ -107,16 +118,20 @@ class Gathering:
             )
         return ExportedFile(**vars(content))
 
-    async def _flat(self, disk: DiskLayer, layers: tuple[Layer, ...]) -> tuple[ExportedImage, ...]:
-        name = f"disk-{disk.target}.qcow2"
+    async def _flat(
+        self, stem: str, disk: DiskLayer, layers: tuple[Layer, ...]
+    ) -> tuple[ExportedImage, ...]:
+        name = f"{stem}.qcow2"
         target = await self._create(name)
         convert = partial(flatten, layers, target, qemu_img=self._qemu_img)
         await self._watching(f"disk {disk.target}", layers, target, convert)
         content = await self._seal(target)
         return (ExportedImage(name=name, format="qcow2", **vars(content)),)
 
-    async def _chain(self, disk: DiskLayer, layers: tuple[Layer, ...]) -> tuple[ExportedImage, ...]:
-        names = [_name(disk, depth, layer) for depth, layer in enumerate(layers)]
+    async def _chain(
+        self, stem: str, disk: DiskLayer, layers: tuple[Layer, ...]
+    ) -> tuple[ExportedImage, ...]:
+        names = [_name(stem, depth, layer) for depth, layer in enumerate(layers)]
         images = []
         for depth, (name, layer) in enumerate(zip(names, layers, strict=True)):
             below = (names[depth + 1], layers[depth + 1]) if depth + 1 < len(layers) else None
@@ -147,7 +162,10 @@ class Gathering:
         """Have the file as it is: copied, or linked to and only looked at."""
         target = None
         if self._streamed:
-            (self._folder / name).symlink_to(f"/proc/self/fd/{fd}")
+            try:
+                (self._folder / name).symlink_to(f"/proc/self/fd/{fd}")
+            except OSError as exc:
+                raise StoreError(f"cannot make {self._folder / name}: {exc.strerror}") from exc
             self.linked.append(fd)
         else:
             target = await self._create(name)
@@ -222,9 +240,29 @@ def _verify(manifest: Manifest, fd: int) -> None:
     verify_image(fd, manifest.image_format, manifest.strategy, blocks, check)
 
 
-def _name(disk: DiskLayer, depth: int, layer: Layer) -> str:
+def _stems(manifest: Manifest) -> list[str]:
+    """How the files of each disk begin."""
+    return [
+        f"disk-{disk.target if _TARGET.fullmatch(disk.target) else index}"
+        for index, disk in enumerate(manifest.disks)
+    ]
+
+
+def _name(stem: str, depth: int, layer: Layer) -> str:
     below = f".base{depth}" if depth else ""
-    return f"disk-{disk.target}{below}.{layer.format}"
+    return f"{stem}{below}.{layer.format}"
+
+
+def _require_fitting(disk: DiskLayer, layers: tuple[Layer, ...]) -> None:
+    """Refuse what an export cannot describe, before anything is copied. Blocks."""
+    try:
+        largest_bytes = max(os.lseek(layer.fd, 0, os.SEEK_END) for layer in layers)
+    except OSError as exc:
+        raise StoreError(f"disk {disk.target}: its images cannot be read: {exc.strerror}") from exc
+    if max(largest_bytes, disk.virtual_size_bytes) > FILE_LIMIT_BYTES:
+        raise WrongState(
+            f"disk {disk.target} is larger than {FILE_LIMIT_BYTES >> 40} TiB: it cannot be exported"
+        )
 
 
 def _failing_at(what: str, work: "partial[Content]") -> Content:

@@ -7,7 +7,8 @@ a folder of their own, so that overlays over them never get into a snapshot's fo
 import os
 import secrets
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import trio
 from pydantic import ValidationError
 
-from qsnapd.errors import Effect, ImageInvalid, StoreError, TargetRefused
+from qsnapd.errors import Effect, ImageInvalid, QsnapError, StoreError, TargetRefused
 from qsnapd.image.files import (
     allocated_bytes,
     create_exclusive,
@@ -39,6 +40,7 @@ RECORD_NAME = ".import.json"
 DISKS_NAME = ".disks"
 """In a VM's part of the store: the images of imported disks, unless they were put elsewhere."""
 _SECTOR_BYTES = 512
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class _Record(Frozen):
@@ -51,9 +53,13 @@ class _Place:
 
     staging: Path
     disks: Path
+    disks_fd: int
+    """The folder itself: it may lie where the VM's user can put another under its name."""
 
-    def of(self, name: str) -> Path:
-        return (self.staging if name == MEMORY_NAME else self.disks) / name
+    def create(self, name: str) -> int:
+        if name == MEMORY_NAME:
+            return create_exclusive(self.staging / name)
+        return create_exclusive(Path(name), dir_fd=self.disks_fd)
 
 
 async def import_snapshot(
@@ -87,6 +93,8 @@ async def import_snapshot(
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_unstage, store, name)
         raise
+    finally:
+        os.close(place.disks_fd)
     return manifest
 
 
@@ -112,37 +120,73 @@ def remove_leftovers(store: VmStore, before_s: float) -> None:
     entry = store.journal.read()
     for name in store.partials():
         staging = store.partial_path(name)
-        is_import = (staging / RECORD_NAME).exists() or (
-            not any(staging.iterdir()) and (entry is None or entry.plan.name != name)
-        )
-        if is_import and staging.stat().st_ctime < before_s:
+        with _failing(f"look into {staging}"):
+            is_import = (staging / RECORD_NAME).exists() or (
+                not any(staging.iterdir()) and (entry is None or entry.plan.name != name)
+            )
+            is_old = staging.stat().st_ctime < before_s
+        if is_import and is_old:
             _unstage(store, name)
 
 
 def _stage(store: VmStore, name: str, disk_directory: str | None) -> _Place:
     """Make the folders, and write down that they are an import's."""
     staging = store.stage(name)
+    above = Path(disk_directory) if disk_directory else store.directory / DISKS_NAME
     try:
-        above = Path(disk_directory) if disk_directory else store.directory / DISKS_NAME
         if disk_directory is None:
             make_directory(above)
         disks = above / f"{name}-{secrets.token_hex(4)}"
-        disks.mkdir(mode=0o700)
-        _write_record(staging, disks)
-        if disk_directory is not None and os.geteuid() == 0:
-            owner = above.stat()
-            os.chown(disks, owner.st_uid, owner.st_gid)
-        sync_directory(above)
+        with ExitStack() as closing:
+            above_fd = os.open(above, _FOLDER)
+            closing.callback(os.close, above_fd)
+            with ExitStack() as made:
+                disks_fd = _make_folder(disks.name, above_fd, made)
+                _write_record(staging, disks_fd)
+                if disk_directory is not None and os.geteuid() == 0:
+                    _give_like(above_fd, disks_fd)
+                os.fsync(above_fd)
+                made.pop_all()
     except OSError as exc:
         _unstage(store, name)
         raise TargetRefused(f"cannot make a folder in {above}: {exc.strerror}") from exc
-    return _Place(staging, disks)
+    except QsnapError:
+        _unstage(store, name)
+        raise
+    return _Place(staging, disks, disks_fd)
 
 
-def _write_record(staging: Path, disks: Path) -> None:
+def _make_folder(name: str, above_fd: int, made: ExitStack) -> int:
+    """Make a folder (0700) and open it; *made* takes that back."""
+    os.mkdir(name, mode=0o700, dir_fd=above_fd)
+    made.callback(_remove_empty, name, above_fd)
+    disks_fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=above_fd)
+    made.callback(os.close, disks_fd)
+    return disks_fd
+
+
+def _remove_empty(name: str, above_fd: int) -> None:
+    with suppress(OSError):
+        os.rmdir(name, dir_fd=above_fd)
+
+
+def _give_like(above_fd: int, fd: int) -> None:
+    """Make the folder just made belong to whom the one above it does.
+
+    Raises: TargetRefused: it is not the one that was made. OSError.
+    """
+    owner, status = os.fstat(above_fd), os.fstat(fd)
+    if (status.st_uid, status.st_gid) == (owner.st_uid, owner.st_gid):
+        return
+    if status.st_uid != 0 or status.st_dev != owner.st_dev or os.listdir(fd):
+        raise TargetRefused("somebody has put another folder in the place of the one just made")
+    os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
+def _write_record(staging: Path, disks_fd: int) -> None:
     fd = create_exclusive(staging / RECORD_NAME)
     with open(fd, "w", encoding="utf-8") as file:
-        file.write(_Record(disks=identity(disks)).model_dump_json())
+        file.write(_Record(disks=identity(disks_fd)).model_dump_json())
         file.flush()
         sync_file(fd)
     sync_directory(staging)
@@ -154,10 +198,15 @@ def _unstage(store: VmStore, name: str) -> None:
         record = _Record.model_validate_json(
             (store.partial_path(name) / RECORD_NAME).read_bytes()
         ).disks
-        status = os.stat(record.path, follow_symlinks=False)
-        if (status.st_dev, status.st_ino) == (record.device, record.inode):
-            shutil.rmtree(record.path)
-    except (FileNotFoundError, ValidationError):  # gone, or not yet written down
+        above, folder = os.path.split(record.path)
+        above_fd = os.open(above, _FOLDER)
+        try:
+            status = os.stat(folder, dir_fd=above_fd, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) == (record.device, record.inode):
+                shutil.rmtree(folder, dir_fd=above_fd)
+        finally:
+            os.close(above_fd)
+    except (FileNotFoundError, NotADirectoryError, ValidationError):  # gone, or not written yet
         pass
     except OSError as exc:
         raise StoreError(
@@ -183,7 +232,7 @@ def _receive(
         descriptors: dict[str, int] = {}
 
         def create(name: str) -> int:
-            descriptors[name] = create_exclusive(place.of(name))
+            descriptors[name] = place.create(name)
             closing.callback(os.close, descriptors[name])
             return descriptors[name]
 
@@ -194,19 +243,30 @@ def _receive(
         if export.memory is not None:
             meter.begin("checking the memory image", 0)
             _check_memory(export.snapshot, descriptors[MEMORY_NAME])
-        owner = place.disks.stat()
-        for name, fd in descriptors.items():
-            if name != MEMORY_NAME and os.geteuid() == 0:
-                os.fchown(fd, owner.st_uid, owner.st_gid)
-            sync_file(fd)
-        sync_directory(place.disks)
+        with _failing(f"finish the files in {place.disks}"):
+            owner = os.fstat(place.disks_fd)
+            for name, fd in descriptors.items():
+                if name != MEMORY_NAME and os.geteuid() == 0:
+                    os.fchown(fd, owner.st_uid, owner.st_gid)
+                sync_file(fd)
+            os.fsync(place.disks_fd)
         return {n: _Received(identity(fd), allocated_bytes(fd)) for n, fd in descriptors.items()}
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StoreError(f"cannot {what}: {exc.strerror}") from exc
 
 
 def _require_room(export: Export, place: _Place) -> None:
     memory_bytes = export.memory.data_bytes if export.memory else 0
     disk_bytes = export.data_bytes - memory_bytes
-    if place.staging.stat().st_dev == place.disks.stat().st_dev:
+    with _failing(f"look at {place.staging}"):
+        is_one_system = place.staging.stat().st_dev == os.fstat(place.disks_fd).st_dev
+    if is_one_system:
         require_space(place.staging, memory_bytes + disk_bytes)
     else:
         require_space(place.staging, memory_bytes)
@@ -225,7 +285,8 @@ def _check_disk(disk: ExportedDisk, manifest: Manifest, descriptors: dict[str, i
             sizes.append(-(-image.size_bytes // _SECTOR_BYTES) * _SECTOR_BYTES)
         else:
             try:
-                header = read_header(fd)
+                with _failing(f"read {image.name}"):
+                    header = read_header(fd)
             except ImageInvalid as exc:
                 raise ImageInvalid(f"{image.name}: {exc}") from exc
             named = header.backing, header.backing_format

@@ -1,13 +1,16 @@
 """One running operation on a VM: what it does now, how far it is, and a way to cancel it."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 import trio
 
-from qsnapd.errors import Effect, JobCancelled, QsnapError, WrongState
+from qsnapd.errors import Effect, JobCancelled, QsnapError, StoreError, WrongState
 from qsnapd.model.job import JobInfo, JobKind, Phase, Progress
 from qsnapd.model.snapshot import Manifest
+
+_log = logging.getLogger(__name__)
 
 _OUTCOMES = {
     Effect.NONE: "nothing had been touched",
@@ -127,6 +130,11 @@ class Job:
                 )
         except QsnapError as exc:
             self.error = exc
+        except OSError as exc:
+            # The world's doing, wherever it was not foreseen: no reason to end other VMs' daemon.
+            _log.exception("VM %s: the %s job failed", self.vm, self.kind)
+            self.error = StoreError(f"{exc.filename or 'a file'}: {exc.strerror}")
+            self.error.effect = self.effect
         finally:
             if self._result is not None:
                 self.phase = Phase.DONE

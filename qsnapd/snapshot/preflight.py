@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from qsnapd.errors import ImageInvalid, SnapshotDiffers, StoreError, VmError
+from qsnapd.image.slow import SLOW
 from qsnapd.model.snapshot import Manifest
 from qsnapd.snapshot.chains import read_chain, wrong_with_chain
 from qsnapd.snapshot.differences import Difference, compare_cpu, compare_qemu, compare_ram
@@ -57,7 +58,8 @@ async def preflight(
       StoreError: something could not be looked at.
     """
     loads = memory and manifest.memory is not None
-    await trio.to_thread.run_sync(partial(check_snapshot, manifest, memory=loads))
+    check = partial(check_snapshot, manifest, memory=loads)
+    await trio.to_thread.run_sync(check, limiter=SLOW)
     found: list[Difference | str] = []
     options = parse_options(manifest.machine.process.argv[1:])
     if loads:

@@ -88,7 +88,11 @@ def _check_overlays(manifest: Manifest) -> Iterator[Difference]:
                 f"disk {disk.target}", "", f"{folder}: qsnapd cannot make an overlay there", False
             )
             continue
-        owner = os.stat(disk.frozen).st_uid if ours == 0 else ours
+        try:
+            owner = os.stat(disk.frozen).st_uid if ours == 0 else ours
+        except OSError as exc:
+            yield Difference(f"disk {disk.target}", "", f"{disk.frozen}: {exc.strerror}", False)
+            continue
         user = process.uid if ours == 0 else ours
         if user not in (0, owner):
             yield Difference(

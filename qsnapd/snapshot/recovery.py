@@ -18,6 +18,7 @@ from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.proc import find_launched
 from qsnapd.vm.process import kill, wait_gone
 
 
@@ -177,6 +178,8 @@ async def _recover_clone(vm: AttachedVm | None, store: VmStore) -> str | None:
     entry = await trio.to_thread.run_sync(store.restoring.read)
     if entry is None or not isinstance(plan := entry.plan, ClonePlan):
         return None
+    if vm is None and await trio.to_thread.run_sync(find_launched, plan.token) is not None:
+        return None  # it only does not answer yet: its guest is still to be told
     if vm is None or not await trio.to_thread.run_sync(
         runs_by, plan, entry.made, vm.identity.pid
     ):

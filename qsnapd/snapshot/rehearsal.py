@@ -157,7 +157,12 @@ class _Disks:
         """QEMU's name of it; it is to open it anew, so it must be its user's."""
         if os.geteuid() == 0:
             process = self._manifest.machine.process
-            os.fchown(file, process.uid, process.gid)
+            try:
+                os.fchown(file, process.uid, process.gid)
+            except OSError as exc:
+                raise StoreError(
+                    f"cannot give a file in {self._directory} to user {process.uid}: {exc.strerror}"
+                ) from exc
         return f"{_INHERITED}{file}"
 
 

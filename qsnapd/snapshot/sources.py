@@ -3,6 +3,7 @@
 All of it blocks, in a thread of trio's, and stops when its caller is cancelled.
 """
 
+import errno
 import json
 import os
 import select
@@ -90,6 +91,7 @@ class Stream:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._may_wait = not stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
         self._reader = TarReader(self._read)
@@ -147,17 +149,31 @@ class Stream:
                 if waited_ms > STALL_LIMIT_S * 1000:
                     raise StoreError(f"nothing has come for {STALL_LIMIT_S:g} s")
                 continue
-            waited_ms = 0
             try:
-                piece = os.read(self._descriptor, count)
-            except BlockingIOError:
+                piece = self._read_now(count)
+            except BlockingIOError:  # somebody else has read it meanwhile
                 continue
             except OSError as exc:
                 raise StoreError(f"cannot read the tar stream: {exc.strerror}") from exc
+            waited_ms = 0
             if not piece:
                 return
             count -= len(piece)
             yield piece
+
+
+    def _read_now(self, count: int) -> bytes:
+        """Read without waiting, where the kernel can do that. Raises: BlockingIOError, OSError."""
+        if self._may_wait:
+            buffer = bytearray(count)
+            try:
+                done = os.preadv(self._descriptor, [buffer], -1, os.RWF_NOWAIT)
+                return bytes(memoryview(buffer)[:done])
+            except OSError as exc:
+                if exc.errno != errno.EOPNOTSUPP:
+                    raise
+                self._may_wait = False
+        return os.read(self._descriptor, count)
 
 
 def require_readable(descriptor: int) -> None:

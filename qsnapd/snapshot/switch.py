@@ -206,6 +206,7 @@ async def finish_return(vm: AttachedVm, entry: JournalEntry, store: VmStore) -> 
     await _let_go(entry, fallback, store)
     if fallback.to_running:
         await vm.ensure_running()
+    await hold_lease(vm, fallback, store)
     await trio.to_thread.run_sync(store.set_current, fallback.name)
     await drop_revert(entry, store)
 

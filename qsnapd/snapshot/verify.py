@@ -9,6 +9,7 @@ import trio
 
 from qsnapd.errors import Blocked, ImageInvalid, QsnapError, StoreError
 from qsnapd.image import digest
+from qsnapd.image.slow import SLOW
 from qsnapd.model.snapshot import DiskLayer, Manifest, MemoryImage
 from qsnapd.model.verification import Check, Outcome, Verification
 from qsnapd.snapshot.chains import check_image, read_chain, wrong_with_chain
@@ -41,8 +42,8 @@ async def _all_checks(
 ) -> AsyncIterator[Check]:
     memory = manifest.memory
     if memory is not None:
-        yield await trio.to_thread.run_sync(_check_memory, manifest, memory)
-        yield await trio.to_thread.run_sync(_check_hash, memory)
+        yield await trio.to_thread.run_sync(_check_memory, manifest, memory, limiter=SLOW)
+        yield await trio.to_thread.run_sync(_check_hash, memory, limiter=SLOW)
     lost = await trio.to_thread.run_sync(lambda: list(wrong_files(manifest)))
     for disk in manifest.disks:
         for check in await _check_disk(disk, manifest, lost, qemu_img):

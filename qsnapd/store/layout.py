@@ -77,7 +77,7 @@ class Store:
         """
         with _naming(f"cannot read the state directory {self.state_dir}"):
             found = [path.name for path in self.state_dir.iterdir() if path.is_dir()]
-        return tuple(sorted(name for name in found if not name.startswith(".")))
+        return tuple(sorted(filter(_is_name, found)))
 
     def is_used(self, name: str) -> bool:
         """Whether anything is kept of a VM *name*. Raises: StoreError."""
@@ -87,6 +87,13 @@ class Store:
                 return bool(os.listdir(directory))
             except FileNotFoundError:
                 return False
+
+    def require_no_snapshots(self, name: str) -> None:
+        """Raise StoreError if there are files of snapshots of a VM, also of unfinished ones."""
+        directory = self.state_dir / check_name(name)
+        with _naming(f"cannot read {directory}"):
+            if any(path.is_file() for path in directory.glob("*/**/*")):
+                raise StoreError(f"{directory} holds files of snapshots: it is not removed")
 
     def forget(self, name: str) -> None:
         """Remove the part of a VM without snapshots; may be called again after a crash.
@@ -100,9 +107,8 @@ class Store:
             if not directory.exists():
                 return
             entries = sorted(directory.iterdir(), key=lambda path: path.name in _TELLING)
+            self.require_no_snapshots(name)
             folders = [entry for entry in entries if entry.is_dir()]
-            if any(path.is_file() for folder in folders for path in folder.rglob("*")):
-                raise StoreError(f"{directory} holds files of snapshots: it is not removed")
             for folder in folders:
                 shutil.rmtree(folder)
             for entry in entries:
@@ -111,6 +117,14 @@ class Store:
             directory.rmdir()
             sync_directory(self.state_dir)
         self._vms.pop(name, None)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except ValueError:
+        return False  # a folder that is not of qsnapd's making
+    return True
 
 
 def make_directory(path: Path) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qsnapd.errors import VmError
 from qsnapd.model.snapshot import Process
 
 READ, WRITE, SEARCH = os.R_OK, os.W_OK, os.X_OK
@@ -33,8 +34,10 @@ def refusals(process: Process, wants: Sequence[Want]) -> list[str | None]:
 
     Without root's rights this process can start QEMU only as itself, and asks as itself.
     Says nothing about AppArmor, SELinux and mount namespaces. Blocks.
+    Raises: VmError: this process cannot take another user's place.
     """
     found: list[str | None] = []
+    failed: list[OSError] = []
 
     def ask() -> None:
         found.extend(_refusal(want) for want in wants)
@@ -48,7 +51,8 @@ def refusals(process: Process, wants: Sequence[Want]) -> list[str | None]:
         libc = ctypes.CDLL(None, use_errno=True)
         groups = (ctypes.c_uint32 * len(process.groups))(*process.groups)
         if libc.syscall(ctypes.c_long(_SETGROUPS), ctypes.c_long(len(groups)), groups) != 0:
-            raise OSError(ctypes.get_errno(), "cannot ask as another user")
+            failed.append(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())))
+            return
         libc.setfsgid(process.gid)
         libc.setfsuid(process.uid)
         ask()
@@ -56,6 +60,8 @@ def refusals(process: Process, wants: Sequence[Want]) -> list[str | None]:
     thread = threading.Thread(target=ask_as_that_user, name="asks as another user")
     thread.start()
     thread.join()
+    if failed:
+        raise VmError(f"cannot ask what user {process.uid} may do: {failed[0]}") from failed[0]
     return found
 
 

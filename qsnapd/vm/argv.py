@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qsnapd.errors import Blocked
+
 _WITHOUT_VALUE = (
     "h help version S s snapshot daemonize preconfig nodefaults no-user-config enable-kvm "
     "only-migratable mem-prealloc audio-help usb nographic full-screen portrait win2k-hack "
@@ -65,6 +67,10 @@ def escaped(value: str) -> str:
     return value.replace(",", ",,")
 
 
+class NotUnderstood(Blocked, ValueError):
+    """A value that QEMU may read, and qsnapd cannot."""
+
+
 class Fields(dict[str, Any]):
     """An option's value by dotted key ("file.filename"), whatever way it was spelled.
 
@@ -79,10 +85,17 @@ class Fields(dict[str, Any]):
     def parse(cls, text: str, *, first_key: str | None = None) -> "Fields":
         """Read `{...}` or `key=value,...`; *first_key* is implied by a first part without "=".
 
-        Raises: ValueError: JSON that is none.
+        Raises: NotUnderstood: JSON that is none, or not as QEMU wants it.
         """
         if text.startswith("{"):
-            return cls(_flat(json.loads(text)), is_json=True)
+            try:
+                flat = _flat(json.loads(text))
+            except (ValueError, RecursionError) as exc:
+                raise NotUnderstood(f"{text[:100]}: qsnapd cannot read this JSON: {exc}") from exc
+            prefixes = {key[:at] for key in flat for at, sign in enumerate(key) if sign == "."}
+            if not prefixes.isdisjoint(flat):
+                raise NotUnderstood(f"{text[:100]}: says one thing twice")
+            return cls(flat, is_json=True)
         values = {}
         for number, match in enumerate(_PART.finditer(text)):
             part = match[1]

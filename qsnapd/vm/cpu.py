@@ -49,7 +49,7 @@ async def _features(session: QmpSession, path: str, type_: str) -> tuple[str, ..
     expansion = await session.execute(QueryCpuModelExpansion(type="full", model=model))
     names = sorted(n for n, on in expansion.model.props.items() if on is True and _is_feature(n))
     filtered = await session.execute(QomGet(path=path, property="filtered-features"))
-    if not any(word["features"] for word in filtered):
+    if not any(word.get("features") for word in filtered):
         return tuple(names)
     return tuple(
         [n for n in names if await session.execute(QomGet(path=path, property=n)) is True]

@@ -177,8 +177,9 @@ def _images(image: ImageInfo) -> list[ImageInfo]:
 
 def _seen_name(filename: str, handed: Mapping[int, str]) -> str:
     filename = plain_name(filename)
-    if filename.startswith(FDSET_PREFIX):
-        return handed.get(int(filename.removeprefix(FDSET_PREFIX)), filename)
+    number = filename.removeprefix(FDSET_PREFIX)
+    if number != filename and number.isdecimal():
+        return handed.get(int(number), filename)
     return filename
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ _ENVIRONMENT_PREFIXES = ("LD_", "MALLOC_", "QEMU_", "SDL_", "XDG_")
 _OF_ONE_START = frozenset({"object", "machine", "M", "incoming", "S"})
 """The options in which the words of a QEMU whose RAM maps an image differ from the plain ones."""
 
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: the ids of whoever called listen(2)."""
 _EFFECTIVE = 1
 """Which of the ids in /proc/PID/status: real, effective, saved, filesystem."""
 
@@ -68,9 +71,22 @@ def peer_of(sock: socket.socket) -> ProcessIdentity:
     Preconditions: it has accepted the connection, e.g. QEMU's greeting has been read.
     Raises:
       SessionLost: the process has ended.
-      VmError: it cannot be seen, or not told from others.
+      VmError: it cannot be seen, or not told from others; or it is not who began to listen,
+        nor root's choice: a user's process may have executed a setuid program since, and
+        whatever is started again is started as whom it is now.
     """
-    return identify(pid_of_peer(sock))
+    _, listener, group = _CREDENTIALS.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    found = identify(pid_of_peer(sock))
+    status = status_of(found.pid)
+    uids, gids = (set(map(int, status[name].split())) for name in ("Uid", "Gid"))
+    if listener != 0 and (uids, gids) != ({listener}, {group}):
+        raise VmError(
+            f"process {found.pid}, which serves the monitor, is not the user {listener} who began "
+            "to listen there: it is not trusted to say how it was started"
+        )
+    return found
 
 
 def identify(pid: int) -> ProcessIdentity:
@@ -146,7 +162,7 @@ def key_of(path: str) -> FileKey | None:
     """Device and inode of what *path* leads to; None if that is nothing."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # also a name that cannot be one
         return None
     return status.st_dev, status.st_ino
 
@@ -154,13 +170,16 @@ def key_of(path: str) -> FileKey | None:
 def is_still(file: FileIdentity) -> bool:
     """Whether the file's path still leads to it.
 
-    By inode alone: device numbers may change with a reboot, a block device's inode too.
+    By inode alone: device numbers may change with a reboot, a block device's inode too. A
+    device counts only where devices are, so that no user's link makes one of a file.
     """
     try:
         status = os.stat(file.path)
-    except OSError:
+    except (OSError, ValueError):
         return False
-    return stat.S_ISBLK(status.st_mode) or status.st_ino == file.inode
+    if stat.S_ISBLK(status.st_mode):
+        return file.path.startswith("/dev/")
+    return status.st_ino == file.inode
 
 
 def resolve_image_path(
@@ -191,7 +210,7 @@ def resolve_image_path(
 
 
 def _reachable(path: str, key: FileKey) -> FileIdentity | None:
-    if key_of(path) != key:
+    if key_of(path) != key or not path.isprintable():  # no UTF-8: nobody could name it again
         return None
     return FileIdentity(path=path, device=key[0], inode=key[1])
 
@@ -200,7 +219,10 @@ def plain_name(name: str) -> str:
     """The file's name within the JSON that QEMU makes of a node no plain name describes."""
     if not name.startswith("json:"):
         return name
-    node = json.loads(name.removeprefix("json:"))
+    try:
+        node = json.loads(name.removeprefix("json:"))
+    except (ValueError, RecursionError) as exc:
+        raise VmError(f"QEMU calls an image {name[:100]!r}, which is not JSON") from exc
     while isinstance(node, dict) and "filename" not in node:
         node = node.get("file")
     return str(node["filename"]) if isinstance(node, dict) else name
@@ -227,7 +249,7 @@ def _plain_argv(argv: tuple[str, ...], environ: bytes) -> tuple[str, ...]:
     told = dict(_variables(environ)).get(ARGV_VARIABLE, "[]")
     try:
         words: Any = json.loads(told)
-    except ValueError:
+    except (ValueError, RecursionError):
         return argv
     if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
         return argv

@@ -35,6 +35,8 @@ def proc_errors(pid: int) -> Iterator[None]:
             f"qsnapd may not look into QEMU's process {pid}: let it run as root, or as the "
             "user that QEMU runs as"
         ) from exc
+    except (OSError, ValueError) as exc:  # e.g. a path that is too long, or not UTF-8
+        raise VmError(f"QEMU, process {pid}, cannot be looked into: {exc}") from exc
 
 
 def start_time_ticks(pid: int) -> int:
@@ -58,7 +60,9 @@ def resident_bytes(pid: int) -> int:
     Raises: SessionLost: there is none.
     """
     status = status_of(pid)
-    return sum(int(status[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+    # Neither is there while a process ends, when its memory is being freed.
+    sizes = (status.get(name, "0 kB") for name in ("RssAnon", "RssShmem"))
+    return sum(int(size.split()[0]) << 10 for size in sizes)
 
 
 def open_files(pid: int) -> dict[FileKey, str]:

@@ -13,6 +13,7 @@ _FIRST_KEYS = {
     "chardev": "backend",
     "device": "driver",
     "fsdev": "fsdriver",
+    "icount": "shift",
     "netdev": "type",
     "nic": "type",
     "object": "qom-type",
@@ -108,6 +109,8 @@ def _reason(option: Option, free: Collection[str]) -> str | None:
             return "its ports are those of the original"
         case "device" if kind.startswith(("vhost-scsi", "vfio-", "usb-host", "scsi-generic")):
             return "the host's device can be used by one VM only"
+        case "icount" if members.get("rr") in ("record", "replay"):
+            return "its recording belongs to one run of the original"
         case "tpmdev":
             return _STATE_ELSEWHERE
         case "object" if kind == "dbus-vmstate":

@@ -405,7 +405,9 @@ async def test_a_clone_that_was_shut_off_starts_again(qemu: Qemu, tmp_path: Path
         clone = clone_of(vm, "two")
         await end(rig, vm, "two")
         since = len(clone.log_lines())
+        assert "two" not in rig.host.users(VM).get("s", ())
         await (await rig.host.start("two")).wait()
+        assert "two" in rig.host.users(VM)["s"]
         assert {disk.path for disk in await rig.host.disks("two")} == disks
         await clone.wait_line(
             lambda line: line.startswith("OK"), since=since, limit_s=LINES_LIMIT_S

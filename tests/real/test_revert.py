@@ -171,7 +171,9 @@ async def test_what_was_left_comes_back_if_the_snapshot_does_not_load(
         await vm.wait_checked()
         assert vm.slots_report(mark).bad_lines == ()
         assert rig.host.vm(VM).state == "running"
-        assert str(rig.host.current(VM)).startswith("before-s-")
+        kept = str(rig.host.current(VM))
+        assert kept.startswith("before-s-")
+        assert rig.host.users(VM) == {kept: (VM,)}
         assert {path for path in vm.folder.iterdir() if "after-s." in path.name} == files
         await rig.revert(VM, RevertRequest(name="s"))
 
@@ -309,6 +311,8 @@ async def test_disk_only_snapshot(qemu: Qemu, tmp_path: Path) -> None:
         await revert(rig, "s")
         assert (rig.host.vm(VM).state, rig.host.current(VM)) == ("shut off", "s")
         assert vm.pids() == []
+        await (await rig.host.start(VM)).wait()
+        assert rig.host.users(VM) == {"s": (VM,)}
         mark = len(vm.log_lines())
         await rig.revert(VM, RevertRequest(name="s", state="running"))
         await vm.wait_line(lambda line: line.startswith("OK"), since=mark)

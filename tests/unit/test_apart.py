@@ -225,6 +225,7 @@ def test_two_clones_never_collide(pairs: list[tuple[str, str]]) -> None:
         ("-netdev vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0", "one VM only"),
         ("-device vfio-pci,host=01:00.0", "one VM only"),
         ("-tpmdev emulator,id=t,chardev=c", "in another process"),
+        ("-icount 3,rr=record,rrfile=/l/r", "one run of the original"),
         ("-readconfig vm.cfg", "does not read this file"),
         ("-set device.n.mac=1", "into the -device itself"),
         ("-drive file=/img/a,format=raw", "/img/a is writable"),

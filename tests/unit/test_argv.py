@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsnapd.vm.argv import Fields, Option, parse_options, words_of
+from qsnapd.vm.argv import Fields, NotUnderstood, Option, parse_options, words_of
 
 KEYS = st.from_regex(r"[a-z][a-z0-9-]{0,6}(\.[a-z][a-z0-9-]{0,6}){0,2}", fullmatch=True)
 NAMES = st.from_regex(r"[a-z][a-z-]{0,6}", fullmatch=True)
@@ -74,3 +74,11 @@ def test_options_are_split_as_qemu_does() -> None:
 @given(st.lists(st.sampled_from(["-S", "--S", "-m", "--name", "64", "d.img", "-nodefaults"])))
 def test_options_are_written_word_for_word(words: list[str]) -> None:
     assert words_of(parse_options(words)) == tuple(words)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"a": "x", "a.b": "y"}', "{" + '"a":{' * 3000, '{"a":' + "[" * 100000]
+)
+def test_json_that_cannot_be_read_is_refused_in_words(text: str) -> None:
+    with pytest.raises(NotUnderstood, match=r"qsnapd cannot read this|says one thing twice"):
+        Fields.parse(text)

@@ -169,7 +169,7 @@ async def test_wire_closes_what_nobody_took(pipe: tuple[int, int]) -> None:
     ours, theirs = trio.socket.socketpair()
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [writer]))
     async with trio.SocketStream(ours) as stream, trio.SocketStream(theirs) as peer:
-        with Wire(stream) as wire:
+        with Wire(stream, takes_descriptors=True) as wire:
             await peer.socket.sendmsg([b"{}\0"], [rights])
             assert await wire.receive() == b"{}"
         os.close(writer)

@@ -1,5 +1,6 @@
 """The server on a real unix socket: what it answers, and whom it does not let hurt others."""
 
+import errno
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -314,13 +315,28 @@ async def _answer_or_refusal(stream: trio.SocketStream) -> str:
 async def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def buggy(name: str) -> None:
         await trio.lowlevel.checkpoint()
-        raise OSError("nobody expected this")
+        raise LookupError("nobody expected this")
 
-    with pytest.RaisesGroup(OSError, flatten_subgroups=True, allow_unwrapped=True):
+    with pytest.RaisesGroup(LookupError, flatten_subgroups=True, allow_unwrapped=True):
         async with Served.at(tmp_path) as served, await served.connect() as stream:
             monkeypatch.setattr(served.host, "suspend", buggy)
             await send(stream, "Suspend", parameters={"vm": "vm1"}, more=True)
             await trio.sleep_forever()
+
+
+async def test_a_failing_system_is_no_reason_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unlucky(name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.EIO, "Input/output error", "/vms/a.qcow2")
+
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        monkeypatch.setattr(served.host, "suspend", unlucky)
+        reply = await ask(stream, "Suspend", vm="vm1")
+        assert reply["error"] == "io.qsnapd.StoreError"
+        assert reply["parameters"]["message"] == "/vms/a.qcow2: Input/output error"
+        assert "parameters" in await ask(stream, "ListVms")
 
 
 async def test_only_an_admin_names_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Clones in the store and in the fleet: who has a name, and what is left of it afterwards."""
 
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,7 +10,14 @@ import pytest
 import trio
 
 from qsnapd.daemon.fleet import Fleet
-from qsnapd.errors import ManifestInvalid, StoreError, UnknownVm, VmExists, WrongState
+from qsnapd.errors import (
+    ManifestInvalid,
+    StoreError,
+    TargetRefused,
+    UnknownVm,
+    VmExists,
+    WrongState,
+)
 from qsnapd.image.files import identity
 from qsnapd.model.registration import Registration
 from qsnapd.store.layout import Store
@@ -18,6 +27,7 @@ from qsnapd.store.registry import (
     register,
     remove_made,
 )
+from qsnapd.vm.proc import start_time_ticks
 from qsnapd.vm.spawn import Spawn
 
 
@@ -81,6 +91,83 @@ def test_no_trace_is_left_of_a_forgotten_vm(tmp_path: Path) -> None:
         assert not directory.exists()
         assert store.names() == ()
         assert store.vm("two").directory.exists(), "a new one may come"
+
+
+def test_folders_that_no_vm_can_have_are_none(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        for name in ("two", "-odd", "a ", ".hidden", "long" * 50):
+            (tmp_path / name).mkdir()
+        assert store.names() == ("two",)
+
+
+@asynccontextmanager
+async def open_fleet(state: Path, made_of: dict[str, str]) -> AsyncIterator[tuple[Fleet, Store]]:
+    """One with vm1 in the configuration. *made_of*: what clones are started like."""
+
+    def clone_launcher(source: str, clone: str) -> Spawn:
+        made_of[clone] = source
+        return Spawn()
+
+    async with trio.open_nursery() as watching:
+        with Store(state) as store:
+            fleet = Fleet(
+                store, print, watching, qemu_img="qemu-img", clone_launcher=clone_launcher
+            )
+            fleet.add("vm1", state / "vm1.qmp", Spawn(), configured=True)
+            yield fleet, store
+        watching.cancel_scope.cancel()
+
+
+async def test_a_clone_is_started_like_what_it_was_made_of_at_first(tmp_path: Path) -> None:
+    made_of: dict[str, str] = {}
+    async with open_fleet(tmp_path / "state", made_of) as (fleet, store):
+        # Opened by name, so each but the last before what it was made of.
+        for name, source in (("a", "b"), ("b", "c"), ("c", "vm1"), ("x", "y"), ("y", "x")):
+            register(store.vm(name), registration(tmp_path, name, source))
+        register(store.vm("of"), registration(tmp_path, "of", "broken"))
+        (store.vm("broken").directory / REGISTRATION_NAME).write_text("{}")
+        await fleet.open_clones()
+        assert set(fleet) == {"vm1", "a", "b", "c", "of", "x", "y"}
+        assert [made_of[name] for name in "abc"] == ["vm1"] * 3
+        assert made_of["of"] == "broken"
+
+
+async def test_the_monitor_of_a_vm_that_is_shut_off_is_its_own(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path / "state", {}) as (fleet, _):
+        (tmp_path / "link").symlink_to(tmp_path / "state")
+        with pytest.raises(TargetRefused, match="is the monitor of VM vm1"):
+            fleet.require_own_monitor("two", tmp_path / "link" / "vm1.qmp")
+        fleet.require_own_monitor("two", tmp_path / "vm1.qmp")
+
+
+async def test_what_is_in_use_is_not_undefined(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path / "state", {}) as (fleet, store):
+        made = registration(tmp_path)
+        register(store.vm("two"), made)
+        await fleet.open_clones()
+        with pytest.raises(UnknownVm, match="should be its snapshot s"):
+            fleet.store_of_source(made)
+
+        store.vm("two").stage("s")
+        with pytest.raises(WrongState, match=r"getting a snapshot right now \(s\)"):
+            await fleet.undefine("two", remove_storage=True)
+        store.vm("two").unstage("s")
+
+        pid = os.getpid()  # "its" QEMU, whose socket somebody has removed
+        store.vm("vm1").leases.hold("s", "two", pid, start_time_ticks(pid), mapped=False)
+        assert fleet.store_of_source(made) is store.vm("vm1")
+        with pytest.raises(WrongState, match=f"runs, as process {pid}"):
+            await fleet.undefine("two", remove_storage=True)
+        store.vm("vm1").leases.release("two", pid)
+
+        (store.vm("two").directory / ".half").mkdir()
+        (store.vm("two").directory / ".half" / "memory.img").touch()
+        with pytest.raises(StoreError, match="holds files of snapshots"):
+            await fleet.undefine("two", remove_storage=True)
+        assert [identity(Path(file.path)) for file in made.overlays] == list(made.overlays)
+        assert "two" in fleet
+        (store.vm("two").directory / ".half" / "memory.img").unlink()
+        assert len(await fleet.undefine("two", remove_storage=True)) == 3
 
 
 async def test_a_fleet_across_daemons(tmp_path: Path) -> None:

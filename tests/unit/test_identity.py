@@ -22,10 +22,12 @@ from qsnapd.vm.identity import (
     key_of,
     open_pidfd,
     peer_of,
+    plain_name,
     read_process,
     resolve_image_path,
     wait_exit,
 )
+from qsnapd.vm.proc import status_of
 
 LIMIT_S = 10.0
 READY_THEN_WAIT = "print('ready', flush=True); input()"
@@ -311,3 +313,42 @@ def test_a_process_of_another_user_is_refused_in_words() -> None:
 def test_a_path_that_leads_nowhere_has_no_key(tmp_path: Path) -> None:
     assert key_of(str(tmp_path / "none")) is None
     assert key_of(str(tmp_path)) == (tmp_path.stat().st_dev, tmp_path.stat().st_ino)
+
+
+def test_process_that_is_not_who_listened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's process may execute a setuid program with the connection in its hands."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(path))
+        listener.listen()
+        client.connect(str(path))
+        accepted, _ = listener.accept()
+        with accepted:
+            assert peer_of(client).pid == os.getpid()
+            status = {**status_of(os.getpid()), "Uid": "65534\t0\t0\t0"}
+            monkeypatch.setattr("qsnapd.vm.identity.status_of", lambda pid: status)
+            credentials = Credentials(65534, 65534)
+            monkeypatch.setattr("qsnapd.vm.identity._CREDENTIALS", credentials)
+            with pytest.raises(VmError, match="is not the user 65534 who began to listen"):
+                peer_of(client)
+
+
+class Credentials:
+    """In place of the kernel's, which an unprivileged test cannot have."""
+
+    size = 12
+
+    def __init__(self, uid: int, gid: int) -> None:
+        self._ids = (0, uid, gid)
+
+    def unpack(self, _: bytes) -> tuple[int, int, int]:
+        return self._ids
+
+
+@pytest.mark.parametrize("name", ["json:{", "json:" + "[" * 100000, "a\0b"])
+def test_names_that_make_no_sense(name: str) -> None:
+    if name.startswith("json:"):
+        with pytest.raises(VmError, match="not JSON"):
+            plain_name(name)
+    else:
+        assert key_of(name) is None

@@ -41,6 +41,7 @@ from qsnapd.model.transfer import (
 )
 from qsnapd.snapshot import imported
 from qsnapd.snapshot.imported import import_snapshot, remove_leftovers
+from qsnapd.snapshot.sources import Stream
 from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
 from tests.parts import qemu_versions
@@ -214,6 +215,48 @@ async def test_disks_go_where_they_are_told(store: VmStore, folder: Path, tmp_pa
     assert set(store.snapshots()) == {"x"}
 
 
+async def test_folder_is_not_given_away_by_another_name(
+    store: VmStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever owns the place puts a link where the folder was, at the worst moment."""
+    place, victim = tmp_path / "vms", tmp_path / "victim"
+    place.mkdir()
+    victim.mkdir()
+    if os.geteuid() == 0:
+        os.chown(place, 12, 34)
+    before = victim.stat()
+    write_record = imported._write_record
+
+    def swap(staging: Path, disks_fd: int) -> None:
+        write_record(staging, disks_fd)
+        [disks] = place.iterdir()
+        disks.rename(place / "aside")
+        disks.symlink_to(victim)
+
+    monkeypatch.setattr(imported, "_write_record", swap)
+    await from_folder(store, folder, disk_directory=str(place), name="x")
+    assert victim.stat() == before
+    assert list(victim.iterdir()) == []
+    assert {path.name for path in (place / "aside").iterdir()} == {TOP, BASE}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), StoreError("cannot sync: no space")]
+)
+async def test_record_that_cannot_be_written(
+    store: VmStore, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(fd: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(imported, "sync_file", fail)
+        with pytest.raises(QsnapError, match=r"[Nn]o space"):
+            await from_folder(store, folder)
+    assert left_in(store) == set()
+    await from_folder(store, folder)
+
+
 async def test_parent_is_kept_where_it_exists(store: VmStore, folder: Path) -> None:
     await from_folder(store, folder, name="gone")
     assert (await from_folder(store, folder)).parent == "gone"
@@ -281,6 +324,10 @@ def make(name: str, *words: str) -> Change:
     return change
 
 
+def image(name: str) -> dict[str, Any]:
+    return {"name": name, "format": "raw", "size_bytes": 0, "data_bytes": 0, "sha256": "0" * 64}
+
+
 TOP, BASE = "disk-vda.qcow2", "disk-vda.base1.qcow2"
 HOSTILE: dict[str, tuple[Change, type[QsnapError], str]] = {
     "flipped memory": (spoil("memory.img", 90, b"\xff"), ImageInvalid, "is not what was exported"),
@@ -295,6 +342,14 @@ HOSTILE: dict[str, tuple[Change, type[QsnapError], str]] = {
     "unknown field": (edit(surprise=1), ManifestInvalid, "'surprise'"),
     "memory left out": (edit(memory=None), ManifestInvalid, "memory image is not that"),
     "disk renamed": (edit(disks__0__target="vdb"), ManifestInvalid, "not those of the snapshot"),
+    "disk twice": (
+        edit(
+            disks=[{"target": "vda", "images": [image(n)]} for n in ("disk-a", "disk-b")],
+            snapshot__disks=[origin().disks[0].model_dump(mode="json")] * 2,
+        ),
+        ManifestInvalid,
+        "two disks have the same name",
+    ),
     "no images": (edit(disks__0__images=[]), ManifestInvalid, "images"),
     "huge size": (edit(memory__size_bytes=1 << 60), ManifestInvalid, "size_bytes"),
     "negative size": (edit(memory__size_bytes=-1), ManifestInvalid, "size_bytes"),
@@ -413,6 +468,18 @@ async def test_writer_that_goes_away_or_hangs(
     assert left_in(store) == set()
     for fd in (reader, writer):
         os.close(fd)
+
+
+def test_reading_does_not_wait_for_what_another_has_read() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    source = Stream(reader)
+    assert source._read_now(10) == b"x"
+    with pytest.raises(BlockingIOError):
+        source._read_now(10)
+    os.close(writer)
+    assert source._read_now(10) == b""
+    os.close(reader)
 
 
 async def test_cancelled(store: VmStore, folder: Path) -> None:

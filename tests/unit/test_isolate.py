@@ -84,7 +84,12 @@ def test_a_context_id_is_another() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["-netdev vhost-user,id=n,chardev=c", "-tpmdev emulator,id=t,chardev=c", "-readconfig f"],
+    [
+        "-netdev vhost-user,id=n,chardev=c",
+        "-tpmdev emulator,id=t,chardev=c",
+        "-readconfig f",
+        "-icount auto,rr=replay,rrfile=f",
+    ],
 )
 def test_what_needs_another_process_is_refused(words: str) -> None:
     with pytest.raises(Blocked, match=words.split()[1].split(",")[0]):

@@ -56,6 +56,7 @@ def damaged(path: Path, offset: int, data: bytes) -> Path:
         (4, struct.pack(">I", 4), "version 4"),
         (8, struct.pack(">QI", 1 << 50, 5), "behind the end"),
         (8, struct.pack(">QI", (1 << 64) - 1, 5), "behind the end"),
+        (8, struct.pack(">QI", (1 << 63) - 5, 5), "behind the end"),
         (8, struct.pack(">QI", 500, 5000), "5000 bytes"),
         (8, struct.pack(">QI", 500, 0), "0 bytes"),
         (112, struct.pack(">II", 1, 1 << 30), "cut off"),
@@ -65,6 +66,16 @@ def test_nonsense_is_refused(tmp_path: Path, offset: int, data: bytes, words: st
     path = create(qemu_versions()[0], tmp_path / "a")
     with pytest.raises(ImageInvalid, match=words):
         header(damaged(path, offset, data))
+
+
+def test_end_that_is_too_far(tmp_path: Path) -> None:
+    """QEMU would go on, up to the end of the cluster: a data file might be named there."""
+    path = create(qemu_versions()[0], tmp_path / "a", "-o", "cluster_size=2M")
+    filler = struct.pack(">II", 0x12345678, (1 << 16) - 200)
+    damaged(path, 112, filler)
+    damaged(path, (1 << 16) - 80, struct.pack(">II", 0x12345678, 72))
+    with pytest.raises(ImageInvalid, match="no end"):
+        header(path)
 
 
 def test_too_short(tmp_path: Path) -> None:

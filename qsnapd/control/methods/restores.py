@@ -39,8 +39,6 @@ class StartVm(Method):
 
 class DescribeLaunch(Method):
     """Say how QEMU would be started by a revert; does nothing.
-
-    A command line may hold secrets, so it is not for everybody who may look.
     """
 
     role = Role.OPERATOR
