@@ -71,6 +71,11 @@ async def test_requests_that_cannot_be(qemu: Qemu, tmp_path: Path) -> None:
             await rig.host.create("nobody", CreateRequest())
         async with refusals(rig, vm, state_dir) as refused:
             await refused.require(SnapshotExists, "taken", CreateRequest(name="taken"))
+            importing = rig.supervisors[VM].store.stage("coming") / "memory.img"
+            importing.write_text("an import's")
+            await refused.require(TargetRefused, "being imported", CreateRequest(name="coming"))
+            assert importing.read_text() == "an import's"
+            rig.supervisors[VM].store.unstage("coming")
             for strategy in Strategy:
                 await refused.require(
                     TargetRefused,

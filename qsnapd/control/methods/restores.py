@@ -38,8 +38,7 @@ class StartVm(Method):
 
 
 class DescribeLaunch(Method):
-    """Say how QEMU would be started by a revert; does nothing.
-    """
+    """Say how QEMU would be started by a revert; does nothing."""
 
     role = Role.OPERATOR
     vm: VmName
