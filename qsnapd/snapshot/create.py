@@ -65,6 +65,7 @@ class Checkpoint:
         self._job = job
         self._qemu_img = qemu_img
         self._made = ExitStack()
+        self._entry: JournalEntry | None = None
         self._has_staged = False
 
     async def take(self, request: CreateRequest, *, holds: bool = False) -> Manifest:
@@ -88,6 +89,33 @@ class Checkpoint:
                 raise
             self._job.enter(Phase.PREPARING)
             return await self._attempt(request, holds=holds, background_refusal=exc.desc)
+
+    @property
+    def can_be_taken_back(self) -> bool:
+        """Whether `take_back` would succeed now: an old QEMU needs its guest to run for that."""
+        plan = self._entry.plan if self._entry is not None else None
+        return isinstance(plan, CheckpointPlan) and (
+            plan.was_running or plan.nodes_can_be_activated
+        )
+
+    async def take_back(self) -> None:
+        """Make it as if the checkpoint, which was taken a moment ago, had never been asked for.
+
+        Preconditions: nobody has used the snapshot, and the VM's QEMU is the same.
+        On success: as `take` leaves it when it fails; a guest that ran runs.
+        On failure: the journal tells the next daemon, or the next attempt, to go on.
+        Raises: StoreError; what `put_back` raises.
+        """
+        entry, store = self._entry, self._store
+        assert entry is not None, "it was taken"
+        plan = entry.plan
+        assert isinstance(plan, CheckpointPlan)
+        await trio.to_thread.run_sync(store.journal.write, entry)
+        await trio.to_thread.run_sync(store.set_current, plan.parent)
+        await trio.to_thread.run_sync(store.uncommit, plan.name)
+        await put_back(self._vm, entry)
+        await trio.to_thread.run_sync(store.unstage, plan.name)
+        await trio.to_thread.run_sync(store.journal.clear)
 
     async def _attempt(
         self, request: CreateRequest, *, holds: bool, background_refusal: str | None = None
@@ -151,6 +179,7 @@ class Checkpoint:
         self._made.callback(os.close, memory)
         overlays = [await self._make_overlay(pivot) for pivot in plan.pivots]
         entry = entry.model_copy(update={"made": tuple(map(identity, (memory, *overlays)))})
+        self._entry = entry
         await trio.to_thread.run_sync(self._store.journal.write, entry)
         await publish_overlays([pivot.overlay for pivot in plan.pivots])
         for pivot, overlay in zip(plan.pivots, overlays, strict=True):

@@ -52,6 +52,8 @@ class Revert:
         self._seat = seat
         self._job = job
         self._qemu_img = qemu_img
+        self._keeping: Checkpoint | None = None
+        """Has kept the state that is about to be left."""
 
     async def run(self, request: RevertRequest) -> Manifest:
         """Put the VM back.
@@ -61,9 +63,9 @@ class Revert:
           overlays of its own; the snapshot is current, and unchanged. A snapshot without
           memory leaves the VM shut off, unless a state was asked for. The state that was
           left is a snapshot too, `job.kept`, unless it was to be discarded.
-        On failure or cancellation before the old QEMU is ended: as if never asked; but if
-          the state had been kept by then, that snapshot stands (effect `partial`). After
-          that: the VM is back in the state it was in, or, if that could not be or was to be
+        On failure or cancellation before the old QEMU is ended: as if never asked (if the VM
+          was paused, on QEMU < 10.0, the state that was kept may stand: effect `partial`).
+          After that: the VM is back in the state it was in, or, if that could not be or was to be
           discarded, shut off, and the error says what is where.
         Raises: UnknownSnapshot, WrongState, Blocked, SnapshotDiffers, ImageInvalid,
           StoreError, VmError.
@@ -140,6 +142,7 @@ class Revert:
         checkpoint = Checkpoint(vm, self._seat.store, self._job, qemu_img=self._qemu_img)
         try:
             kept = await checkpoint.take(request, holds=True)
+            self._keeping = checkpoint
         except (RequestError, CapabilityMissing, StoreFull) as exc:
             raise Blocked(
                 f"the state that VM {plan.vm} is in cannot be kept as a snapshot: {exc}. "
@@ -183,9 +186,15 @@ class Revert:
     async def _undo(
         self, vm: AttachedVm | None, entry: JournalEntry, cause: BaseException
     ) -> None:
-        """Before the point of no return: as if never asked, but for a state already kept."""
+        """Before the point of no return: as if never asked.
+
+        But a paused VM on QEMU < 10.0 cannot leave the snapshot that its state was kept as.
+        """
         self._set_effect(cause, Effect.UNKNOWN)
         await self._seat.launcher.abandon()
+        if self._keeping is not None and self._keeping.can_be_taken_back:
+            await self._keeping.take_back()
+            self._job.kept = None
         await undo_revert(vm, entry, self._seat.store)
         kept = self._job.kept is not None
         self._set_effect(cause, Effect.PARTIAL if kept else Effect.ROLLED_BACK)

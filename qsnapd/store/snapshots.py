@@ -162,6 +162,15 @@ class VmStore:
                 name, self.vm, exc.strerror,
             )  # fmt: skip
 
+    def uncommit(self, name: str) -> None:
+        """Make the snapshot *name* what it was before `commit`: all or nothing, durable.
+
+        Preconditions: the journal tells of it, and nobody has used it.
+        """
+        with self._failing("withdraw"):
+            self.path(name).rename(self.partial_path(name))
+            sync_directory(self.directory)
+
     def set_current(self, name: str | None) -> None:
         """Make *name* the current snapshot, or none; durable on return."""
         self._replace(".current", name or "", durable=True)
