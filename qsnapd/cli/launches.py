@@ -14,6 +14,7 @@ _FD_LOAD = """\
 #   {{"execute": "migrate-set-capabilities", "arguments": {{"capabilities": [
 #     {{"capability": "mapped-ram", "state": {mapped}}}]}}}}
 #   {{"execute": "migrate-incoming", "arguments": {{"uri": "file:{file}"}}}}
+# and once query-migrate says "completed":
 #   {{"execute": "cont"}}"""
 
 
