@@ -144,9 +144,14 @@ class QmpBridge:
 
     async def watch(self) -> None:
         """Raise SessionLost once the connection is no longer up."""
-        while self._client.runstate == Runstate.RUNNING:
-            await trio_asyncio.aio_as_trio(self._client.runstate_changed, loop=self._loop)()
+        # Looking and waiting are one step of asyncio's: between two of ours QEMU may have gone.
+        await trio_asyncio.aio_as_trio(self._until_it_is_not_up, loop=self._loop)()
         raise SessionLost("QEMU closed the monitor", effect=Effect.UNKNOWN)
+
+    async def _until_it_is_not_up(self) -> None:
+        """Runs in asyncio."""
+        while self._client.runstate == Runstate.RUNNING:
+            await self._client.runstate_changed()
 
     async def farewell(self) -> None:
         """Disconnect; a QEMU that does not let go has its socket broken."""

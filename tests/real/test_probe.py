@@ -140,6 +140,17 @@ async def test_what_the_block_raises_comes_out_bare(qemu: Qemu) -> None:
     assert children() == []
 
 
+async def test_one_that_ends_as_soon_as_it_answers() -> None:
+    """Its end may come between two looks at the connection: none of twenty is missed."""
+    qemu = qemu_versions()[-1]
+    with trio.fail_after(LIMIT_S):
+        for _ in range(20):
+            with pytest.raises(VmError):
+                async with open_throwaway(process(qemu), str(qemu.system), STILL) as throwaway:
+                    os.kill(throwaway.pid, signal.SIGKILL)
+                    await trio.sleep_forever()
+
+
 @each_qemu
 async def test_a_network_of_its_own(qemu: Qemu) -> None:
     recorded = process(qemu)
