@@ -64,20 +64,19 @@ SPELLINGS = {
 }
 
 
-SLOW_BYTES_PER_S = 8 << 20
-
-
 async def test_pages_that_became_zero_while_memory_was_saved(tmp_path: Path) -> None:
-    """Linux saved slowly as it boots, with a kernel that clears what it frees."""
+    """A precopy leaves in the file what such a page was before; nothing of it must be mapped."""
     image = tmp_path / "memory.img"
-    guest = Slots(memory_mib=16, dirty_mib_s=50, kernel_options="init_on_free=1 ignore_loglevel")
+    guest = Slots(memory_mib=16, dirty_mib_s=50)
     async with open_vm(NEWEST, guest, memory_mib=MEMORY_MIB) as vm:
-        await save_slowly(vm, image)
+        await vm.wait_line(lambda line: line.startswith("OK"))
+        await save(vm, image)
         machine = await machine_of(vm)
         await vm.kill()
         with image.open("r+b") as file:
             fd = file.fileno()
             os.fsync(fd)
+            leave_stale_pages(fd)
             with pytest.raises(ImageInvalid, match="that its bitmap leaves out"):
                 mapped_ram.verify(fd, None, Writes.ONCE)
             assert punch(fd)
@@ -90,22 +89,32 @@ async def test_pages_that_became_zero_while_memory_was_saved(tmp_path: Path) -> 
         assert sha256(image) == before
 
 
-async def save_slowly(vm: Vm, image: Path) -> None:
-    """Save by precopy, from the kernel's first words until the guest is at work."""
-    await vm.wait_line(lambda line: "Linux version" in line)
+async def save(vm: Vm, image: Path) -> None:
+    """Save by precopy."""
     async with vm.monitor() as monitor:
         capabilities = [{"capability": c, "state": True} for c in ("events", "mapped-ram")]
         await monitor.execute("migrate-set-capabilities", capabilities=capabilities)
-        slow = {"max_bandwidth": SLOW_BYTES_PER_S, "downtime_limit": 1}
-        await monitor.execute("migrate-set-parameters", **slow)
+        await monitor.execute("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=5000)
         await monitor.execute("migrate", uri=f"file:{image}")
-        await vm.wait_line(lambda line: line.startswith("OK"), limit_s=180.0)
-        fast = {"max_bandwidth": 1 << 40, "downtime_limit": 5000}
-        await monitor.execute("migrate-set-parameters", **fast)
         status = ""
         while status != "completed":
             status = (await monitor.wait_event("MIGRATION"))["data"]["status"]
             assert status != "failed"
+
+
+def leave_stale_pages(fd: int) -> None:
+    """Do to some pages of zeros what QEMU does if they were not zero when first saved.
+
+    A guest that clears what it frees does it too, but not when a test wants it to.
+    """
+    block = max(mapped_ram.read_layout(fd).blocks, key=lambda block: block.size_bytes)
+    bitmap = os.pread(fd, block.bitmap_size_bytes, block.bitmap_offset_bytes)
+    bits = int.from_bytes(bitmap, "little")
+    zero = [page for page in range(block.page_count) if not bits >> page & 1]
+    assert len(zero) > 1000
+    for page in zero[::100]:
+        stale = b"was here".ljust(block.page_size_bytes, b".")
+        os.pwrite(fd, stale, block.pages_offset_bytes + page * block.page_size_bytes)
 
 
 async def machine_of(vm: Vm) -> Machine:
