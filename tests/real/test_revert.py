@@ -254,6 +254,7 @@ async def test_paused_vm_that_is_not_reverted_after_all(
     """QEMU < 10.0 does not let go of the disks of a VM that was saved and stands still."""
 
     async def prepare(_self: Spawn, _launch: Launch, *, lasting: bool = False) -> None:
+        await trio.lowlevel.checkpoint()
         raise VmError("it cannot be started")
 
     async with open_lazy(qemu, tmp_path) as (vm, rig):
