@@ -117,9 +117,8 @@ class Mender:
 
     async def go_on_reverting(self) -> None:
         """Finish reverts whose VM was ended by a daemon that has died since; never returns."""
-        number = 0
         async for entry in self._to_go_on:
-            job = Job(number, self._vm.name, JobKind.REVERT, entry.plan.name, lambda job: None)
+            job = Job(0, self._vm.name, JobKind.REVERT, entry.plan.name, lambda job: None)
             try:
                 self._vm.claim(job)
             except QsnapError:

@@ -37,6 +37,8 @@ RETRY_STARTING_S = 0.01
 """While a job of ours starts QEMU, and its guest stands still for as long as we wait."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
 CHORES_LIMIT = 4
+FILE_CLOCK_LAG_S = 0.02
+"""By which the times of files may be behind the clock: two of the kernel's ticks, at 100 Hz."""
 EXIT_PATIENCE_S = 2.0
 """How long after losing the monitor the process may take to end."""
 
@@ -73,7 +75,7 @@ class Supervisor:
         """What the next QEMU that attaches stands still for, if a job is starting it."""
         self.mender = Mender(self, publish, qemu_img=qemu_img)
         self._publish = publish
-        self._made_at_s = time.time()
+        self._made_at_s = time.time() - FILE_CLOCK_LAG_S
         self._uuid: str | None = None
         self._changed = trio.Event()
         self._hurry = trio.Event()

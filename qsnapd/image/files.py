@@ -143,6 +143,22 @@ def write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
         done += os.pwrite(fd, memoryview(data)[done:], offset + done)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Put *text* in place of a file of our own (0600): all or nothing, durable on return.
+
+    Raises: OSError: the old one stands, unless only its folder could not be synced.
+    """
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(path)
+    sync_directory(path.parent)
+
+
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The parts (from, to) of [*start*, *end*) that hold data; what lies between reads as zeros.
 

@@ -53,7 +53,7 @@ async def rehearse(manifest: Manifest, *, directory: Path, qemu_img: str) -> str
         isolated = isolate(line.options, _folder(line.options, process, held))
         options = (
             *(option for option in isolated.options if option.name != "qmp"),
-            *Start.LOAD.value,
+            *Start.LOAD.options,
         )
         began_s = monotonic()
         try:

@@ -160,7 +160,7 @@ class Revert:
         await self._write(entry)
         overlays = [Path(disk.overlay) for disk in kept.disks if disk.overlay]
         unused = [await trio.to_thread.run_sync(identity, path) for path in overlays]
-        return entry, Left(kept=kept, unused=tuple(unused))
+        return entry, Left(unused=tuple(unused))
 
     async def _commit_to_it(self, vm: AttachedVm | None, entry: JournalEntry) -> JournalEntry:
         """The last look before the point of no return, and its note in the journal.

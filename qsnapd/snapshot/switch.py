@@ -44,7 +44,6 @@ _log = logging.getLogger(__name__)
 class Left:
     """The state that a revert leaves."""
 
-    kept: Manifest | None = None
     unused: tuple[FileIdentity, ...] = ()
     """Overlays over the kept state, which nobody has written to."""
     disks: tuple[str, ...] = ()

@@ -3,13 +3,12 @@
 The invariant: while a job may have changed anything, its entry is durable.
 """
 
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from qsnapd.errors import ManifestInvalid, StoreError
-from qsnapd.image.files import sync_directory
+from qsnapd.image.files import replace_file, sync_directory
 from qsnapd.model.plan import JournalEntry
 
 
@@ -30,15 +29,8 @@ class Journal:
                 f"{self._path} tells of an unfinished job on {standing.plan.name}: it is finished "
                 "or undone as soon as QEMU answers"
             )
-        draft = self._path.with_suffix(".new")
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                os.fchmod(file.fileno(), 0o600)
-                file.write(entry.model_dump_json(indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.rename(self._path)
-            sync_directory(self._path.parent)
+            replace_file(self._path, entry.model_dump_json(indent=1))
         except OSError as exc:
             raise StoreError(f"cannot write the journal {self._path}: {exc.strerror}") from exc
 

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from qsnapd.errors import StoreError, WrongState
-from qsnapd.image.files import create_exclusive, sync_directory
+from qsnapd.image.files import replace_file
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
 
@@ -145,16 +145,9 @@ class Leases:
             return ()
 
     def _write(self, leases: tuple[Lease, ...]) -> None:
-        draft = self._path.with_suffix(".new")
         records: list[Any] = _LEASES.dump_python(leases, mode="json")
         try:
-            draft.unlink(missing_ok=True)
-            with os.fdopen(create_exclusive(draft), "w", encoding="utf-8") as file:
-                file.write(json.dumps(records, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.rename(self._path)
-            sync_directory(self._path.parent)
+            replace_file(self._path, json.dumps(records, indent=1) + "\n")
         except OSError as exc:
             raise StoreError(f"cannot write {self._path}: {exc.strerror}") from exc
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from qsnapd.errors import ManifestInvalid, StoreError
-from qsnapd.image.files import remove_if_ours, sync_directory
+from qsnapd.image.files import remove_if_ours, replace_file
 from qsnapd.model.base import Frozen
 from qsnapd.model.registration import LastSeen, Registration
 from qsnapd.store.snapshots import VmStore
@@ -65,15 +65,8 @@ def _read(path: Path, model: type[ModelT]) -> ModelT | None:
 
 
 def _write(path: Path, content: Frozen) -> None:
-    draft = path.with_suffix(".new")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(content.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        sync_directory(path.parent)
+        replace_file(path, content.model_dump_json(indent=1))
     except OSError as exc:
         raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
 

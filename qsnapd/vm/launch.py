@@ -36,11 +36,23 @@ _REFUSED = {
 class Start(Enum):
     """What a QEMU does once it is up."""
 
-    LOAD = (Option("incoming", "defer"), Option("S"))
+    LOAD = "load"
     """Waits for `migrate-incoming`, and stays stopped after the load."""
-    BOOT = ()
-    HALTED = (Option("S"),)
+    BOOT = "boot"
+    HALTED = "halted"
     """Boots as soon as it is told to run."""
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """What says so on the command line."""
+        return _STARTING[self]
+
+
+_STARTING = {
+    Start.LOAD: (Option("incoming", "defer"), Option("S")),
+    Start.BOOT: (),
+    Start.HALTED: (Option("S"),),
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ def launch_of(
     return Launch(
         token=token,
         executable=_executable(process.exe, identify),
-        argv=(process.argv[0], *words_of([*line.options, *start.value])),
+        argv=(process.argv[0], *words_of([*line.options, *start.options])),
         cwd=line.cwd,
         uid=process.uid,
         gid=process.gid,

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -42,6 +43,20 @@ class Case:
         return CreateRequest.model_validate(
             {"name": name, "strategy": self.strategy, "image_format": self.image_format, **more}
         )
+
+
+def every_kind(*, ide_drive: Literal["qcow2", "raw"]) -> tuple[Disk, ...]:
+    """Return a disk of each kind: there is room for three by IDE beside a medium."""
+    return (
+        Disk("qcow2", "virtio", "-blockdev"),
+        Disk("raw", "virtio", "-drive"),
+        Disk("qcow2", "scsi", "-blockdev"),
+        Disk("raw", "scsi", "-drive"),
+        Disk("qcow2", "ide", "-blockdev"),
+        Disk(ide_drive, "ide", "-drive"),
+        Disk("qcow2", "ide", "-hda"),
+        Disk("raw", "virtio", "-blockdev", read_only=True),
+    )
 
 
 def image_formats(qemu: Qemu) -> tuple[ImageFormat, ...]:

@@ -4,23 +4,14 @@ from pathlib import Path
 
 from qsnapd.model.request import CreateRequest, DiskRequest, RevertRequest
 from qsnapd.qmp.block import Transaction
-from tests.harness import Disk, Slots, open_vm
+from tests.harness import Slots, open_vm
 from tests.parts import Qemu
-from tests.real.cases import VM, Case, each_qemu, each_strategy, open_lazy
+from tests.real.cases import VM, Case, each_qemu, each_strategy, every_kind, open_lazy
 from tests.real.footprint import look
 from tests.real.steering import steered
 from tests.rig import open_rig
 
-EVERY_KIND = (
-    Disk("qcow2", "virtio", "-blockdev"),
-    Disk("raw", "virtio", "-drive"),
-    Disk("qcow2", "scsi", "-blockdev"),
-    Disk("raw", "scsi", "-drive"),
-    Disk("qcow2", "ide", "-blockdev"),
-    Disk("raw", "ide", "-drive"),
-    Disk("qcow2", "ide", "-hda"),
-    Disk("raw", "virtio", "-blockdev", read_only=True),
-)
+EVERY_KIND = every_kind(ide_drive="raw")
 
 
 @each_qemu

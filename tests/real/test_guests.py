@@ -13,6 +13,7 @@ from tests.guests import pages, slots
 from tests.harness import Disk, Pages, Slots, Vm, open_vm
 from tests.monitor import Monitor
 from tests.parts import Qemu, qemu_versions
+from tests.real.cases import every_kind
 
 each_qemu = pytest.mark.parametrize("qemu", qemu_versions(), ids=str)
 any_qemu = pytest.mark.parametrize("qemu", qemu_versions()[-1:], ids=str)
@@ -102,16 +103,7 @@ def test_check_ram_knows_one_instant(counters: tuple[int, ...], one_instant: boo
     assert pages.check_ram(dump_of(*counters)).one_instant is one_instant
 
 
-EVERY_KIND = (
-    Disk("qcow2", "virtio", "-blockdev"),
-    Disk("raw", "virtio", "-drive"),
-    Disk("qcow2", "scsi", "-blockdev"),
-    Disk("raw", "scsi", "-drive"),
-    Disk("qcow2", "ide", "-blockdev"),
-    Disk("qcow2", "ide", "-drive"),
-    Disk("qcow2", "ide", "-hda"),
-    Disk("raw", "virtio", "-blockdev", read_only=True),
-)
+EVERY_KIND = every_kind(ide_drive="qcow2")
 
 
 @each_qemu
