@@ -61,7 +61,13 @@ class VmConfig(Frozen):
     qmp: HostPath
     """The QMP socket, for qsnapd alone: QEMU serves one client per monitor."""
     agent: HostPath | None = None
-    """The guest agent's socket."""
+    """The guest agent's socket, for qsnapd alone."""
+    freeze_limit_s: PositiveFloat = 60.0
+    """How long the agent may take to freeze, and the file systems stay frozen."""
+    hook: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Program and arguments, run as the daemon while the guest is held for manual disks."""
+    hold_limit_s: PositiveFloat = 60.0
+    """How long the guest may be held for that."""
     launcher: Literal["spawn", "systemd-run", "unit", "manual"] = "spawn"
     """Who starts QEMU when the VM is put back to a snapshot."""
     unit: UnitName | None = None
@@ -97,6 +103,15 @@ class Config(Frozen):
             other = owners.setdefault(vm.qmp, name)
             if other != name:
                 raise ValueError(f"vm.{other} and vm.{name} share the monitor {vm.qmp}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_vm_per_agent(self) -> Self:
+        owners: dict[Path, str] = {}
+        for name, vm in self.vm.items():
+            other = owners.setdefault(vm.agent, name) if vm.agent is not None else name
+            if other != name:  # the wrong guest would be frozen
+                raise ValueError(f"vm.{other} and vm.{name} share the guest agent {vm.agent}")
         return self
 
 

@@ -17,6 +17,17 @@ QsnapError
 │   ├── SessionLost  (NobodyListens)  ReplyTimeout  CommandRefused  UnexpectedReply
 │   ├── CapabilityMissing    this QEMU or host cannot do it
 │   ├── CaptureFailed        QEMU reported that saving memory failed
+│   ├── HoldFailed           the storage's own snapshot was not taken while the guest was held
+│   ├── AgentError           the agent in the guest
+│   │   ├── AgentAbsent          none is configured, or none has opened its port
+│   │   ├── AgentUnresponsive    it does not answer; nothing was asked of it
+│   │   ├── AgentRefused         it said no
+│   │   ├── AgentSilent          asked, and no answer in time
+│   │   ├── FreezeFailed         the file systems could not be frozen, or not for that long
+│   │   └── FreezeOutcomeUnknown asked to freeze, and no answer in time
+│   ├── RescueFailed         QEMU has frozen its guest, and it could not be freed from outside
+│   │   ├── RescueDenied         we may not trace that process
+│   │   └── NothingToRescue      none of its memory is held
 │   └── GuestLeftPaused      we paused the guest and could not resume it
 ├── JobCancelled             the operation was cancelled, and undone
 ├── StoreError               qsnapd's own files
@@ -57,6 +68,10 @@ class QsnapError(Exception):
     def __init__(self, message: str, *, effect: Effect = Effect.NONE) -> None:
         super().__init__(message)
         self.effect = effect
+
+    def add(self, words: str) -> None:
+        """Let it say *words* too, after what it says already."""
+        self.args = (f"{self}. {words}",)
 
 
 class RequestError(QsnapError):
@@ -183,6 +198,70 @@ class CapabilityMissing(VmError):
 
 class CaptureFailed(VmError):
     code = "capture-failed"
+
+
+class HoldFailed(VmError):
+    code = "hold-failed"
+
+
+class AgentError(VmError):
+    """The agent in the guest did not do what it was asked to."""
+
+    code = "agent"
+
+
+class AgentAbsent(AgentError):
+    """No agent is configured, nobody serves its socket, or none has opened its port."""
+
+    code = "agent-absent"
+
+
+class AgentUnresponsive(AgentError):
+    """The agent does not answer at all: nothing was asked of it."""
+
+    code = "agent-unresponsive"
+
+
+class AgentRefused(AgentError):
+    """The agent understood a command and said no."""
+
+    code = "agent-refused"
+
+
+class AgentSilent(AgentError):
+    """The agent was asked and did not answer in time: it may yet do it."""
+
+    code = "agent-silent"
+
+
+class FreezeFailed(AgentError):
+    """The file systems of the guest could not be frozen, or would have been for too long."""
+
+    code = "freeze-failed"
+
+
+class FreezeOutcomeUnknown(AgentError):
+    """The agent was asked to freeze and did not answer in time; it was told to thaw since."""
+
+    code = "freeze-outcome-unknown"
+
+
+class RescueFailed(VmError):
+    """QEMU has left its guest's memory write-protected, and nobody else could free it."""
+
+    code = "rescue-failed"
+
+
+class RescueDenied(RescueFailed):
+    """We have no right to trace that process."""
+
+    code = "rescue-denied"
+
+
+class NothingToRescue(RescueFailed):
+    """None of its memory is write-protected: if it stands still, then for another reason."""
+
+    code = "nothing-to-rescue"
 
 
 class GuestLeftPaused(VmError):

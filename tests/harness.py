@@ -30,10 +30,22 @@ from tests.hardware import (
     machine_arguments,
 )
 from tests.monitor import Monitor
-from tests.parts import Qemu, initrd, kernel, microvm_firmware, pages_boot_image
+from tests.parts import (
+    Qemu,
+    agent_initrd,
+    initrd,
+    kernel,
+    microvm_firmware,
+    pages_boot_image,
+)
+from tests.parts.tools import command
 
 START_LIMIT_S = 30.0
 KILL_LIMIT_S = 10.0
+QUICK_KERNEL = (
+    "console=ttyS0 quiet panic=-1 edd=off nokaslr mitigations=off noreplace-smp "
+    "no_timer_check lsm= cryptomgr.notests"
+)
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,19 @@ class Slots:
     kernel_options: str = ""
 
 
+@dataclass(frozen=True)
+class Agent:
+    """The guest of init.agent; its first disk, to be raw, gets an ext4 file system."""
+
+
+Guest = Pages | Slots | Agent
+
+
 class Vm:
     """A VM while `open_vm` holds it; after a revert, whatever QEMU serves the same sockets."""
 
     def __init__(
-        self, folder: Path, guest: Pages | Slots, argv: tuple[str, ...], disks: tuple[Path, ...]
+        self, folder: Path, guest: Guest, argv: tuple[str, ...], disks: tuple[Path, ...]
     ) -> None:
         self.folder = folder
         """The VM's own; short, because the paths of sockets must be."""
@@ -73,6 +93,8 @@ class Vm:
         self.monitor_log = folder / "qmp.log"
         """If asked for: what the QEMU that runs now has said on `qmp`."""
         self.serial_log = folder / "serial"
+        self.agent = folder / "agent"
+        """Of an agent guest: the socket of its agent, for qsnapd."""
 
     @property
     def pid(self) -> int:
@@ -165,6 +187,13 @@ class Vm:
         async with self.monitor() as monitor:
             return await monitor.execute(command, **arguments)
 
+    async def tell(self, line: str, *, limit_s: float = 30.0) -> None:
+        """Have the shell of an agent guest carry out *line*; it has when this returns."""
+        since = len(self.log_lines())
+        async with await trio.open_unix_socket(self.folder / "shell") as stream:
+            await stream.send_all(line.encode() + b"\n")
+            await self.wait_line(lambda said: said == f"DID {line}", since=since, limit_s=limit_s)
+
     async def kill(self) -> None:
         """End every QEMU of this VM; they are gone on return."""
         with trio.fail_after(KILL_LIMIT_S, shield=True):
@@ -199,7 +228,7 @@ class FileWatch:
 @asynccontextmanager
 async def open_vm(
     qemu: Qemu,
-    guest: Pages | Slots,
+    guest: Guest,
     *,
     disks: Sequence[Disk] = (),
     machine: MachineType = "pc",
@@ -220,6 +249,8 @@ async def open_vm(
         for disk, image in zip(disks, images, strict=True):
             create = [qemu.img, "create", "-q", "-f", disk.format, image, f"{disk.size_mib}M"]
             await trio.run_process([str(word) for word in create])
+        if isinstance(guest, Agent):
+            await trio.run_process([*command("mke2fs"), "-q", "-t", "ext4", str(images[0])])
         log = f",logfile={folder}/qmp.log" if log_monitor else ""
         argv = (
             *(str(qemu.system), "-nodefaults", "-no-user-config", "-display", "none"),
@@ -257,24 +288,36 @@ async def open_vm(
         shutil.rmtree(folder)
 
 
-def _guest_arguments(guest: Pages | Slots, machine: MachineType, folder: Path) -> list[str]:
+def _guest_arguments(guest: Guest, machine: MachineType, folder: Path) -> list[str]:
     if isinstance(guest, Slots):
         # microvm has only its PIT to measure the CPU's clock by. On a busy host that fails, and
         # the kernel hangs; a wrong value it notices, and does with jiffies.
         clock = "tsc_early_khz=2000000 " if machine == "microvm" else ""
         options = (
-            # quiet and quick; the rest is what slots.c reads
-            "console=ttyS0 quiet panic=-1 edd=off nokaslr mitigations=off noreplace-smp "
-            f"no_timer_check lsm= cryptomgr.notests {clock}{guest.kernel_options} "
+            f"{QUICK_KERNEL} {clock}{guest.kernel_options} "  # the rest is what slots.c reads
             f"slots.memory_mib={guest.memory_mib} slots.dirty_mib_s={guest.dirty_mib_s} "
             f"slots.disk_pause_us={guest.disk_pause_us} slots.sign_ms={guest.sign_ms}"
         )
         return ["-kernel", str(kernel()), "-initrd", str(initrd()), "-append", options]
+    if isinstance(guest, Agent):
+        ports = (("agent", "org.qemu.guest_agent.0"), ("shell", "test"))
+        return [
+            *("-kernel", str(kernel()), "-initrd", str(agent_initrd()), "-append", QUICK_KERNEL),
+            *("-device", "virtio-serial-pci"),
+            *(word for port in ports for word in _port_arguments(*port, folder)),
+        ]
     image = pages_boot_image()
     if guest.spin:
         image = folder / "pages.img"
         pages.write_slow_boot_image(pages_boot_image(), image, spin=guest.spin)
     return boot_disk_arguments(machine, image)
+
+
+def _port_arguments(socket: str, name: str, folder: Path) -> list[str]:
+    return [
+        *("-chardev", f"socket,id={socket},path={folder}/{socket},server=on,wait=off"),
+        *("-device", f"virtserialport,id=port-{socket},chardev={socket},name={name}"),
+    ]
 
 
 async def _kill(pid: int) -> None:

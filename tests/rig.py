@@ -12,9 +12,11 @@ from qsnapd.daemon.host import LocalHost
 from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
+from qsnapd.qmp.agent import GuestAgent
 from qsnapd.store.layout import Store
+from qsnapd.vm.provisions import Provisions
 from qsnapd.vm.spawn import Spawn
-from tests.harness import Vm
+from tests.harness import Agent, Vm
 from tests.parts import Qemu
 
 ATTACH_LIMIT_S = 20.0
@@ -40,7 +42,7 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig(qemu: Qemu, state_dir: Path, **vms: Vm) -> AsyncIterator[Rig]:
-    """Attach to *vms* by name, and hold on to them for the block."""
+    """Attach to those of *vms* that run, by name, and hold on to them for the block."""
     events = EventHub()
     with Store(state_dir) as store:
         async with trio.open_nursery() as watching:
@@ -50,10 +52,12 @@ async def open_rig(qemu: Qemu, state_dir: Path, **vms: Vm) -> AsyncIterator[Rig]
                 clone_launcher=lambda source, clone: Spawn(),
             )
             for name, vm in vms.items():
-                fleet.add(name, vm.qmp, Spawn(), configured=True)
+                agent = GuestAgent(vm.agent) if isinstance(vm.guest, Agent) else None
+                provisions = Provisions(agent=agent)
+                fleet.add(name, vm.qmp, Spawn(), provisions=provisions, configured=True)
             await fleet.open_clones()
             with trio.fail_after(ATTACH_LIMIT_S):
-                for supervisor in [fleet[name] for name in vms]:
+                for supervisor in [fleet[name] for name, vm in vms.items() if vm.pids()]:
                     await supervisor.wait_attached()
             async with trio.open_nursery() as jobs:
                 host = LocalHost(fleet, events, jobs, qemu_img=str(qemu.img))

@@ -4,13 +4,13 @@
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from qsnapd.cli.completion import complete_field, complete_words
 from qsnapd.control.client import Client
 
 
@@ -20,6 +20,7 @@ class Cli:
 
     socket: str
     json: bool = False
+    quiet: bool = False
 
     def connect(self) -> Client:
         return Client(self.socket)
@@ -30,9 +31,9 @@ def verb(
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Add the decorated function to *group* as verb *name*.
 
-    *fields* are the positionals in their order, "?" marking those that may be missing;
-    *rest* names a repeatable option that takes the words left over. The function gets the
-    `Cli` and then all options by name.
+    *fields* are the positionals in their order, "?" marking those that may be missing; what
+    they are called decides how a shell completes them. *rest* names a repeatable option that
+    takes the words left over. The function gets the `Cli` and then all options by name.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -42,11 +43,15 @@ def verb(
             cli.json = cli.json or json
             function(cli, **_placed(name, words, fields, rest, options))
 
-        for field in fields:
-            run = click.option(f"--{field.rstrip('?')}", hidden=True)(run)
+        names = [field.rstrip("?") for field in fields]
+        for field in names:
+            completer = complete_field(field, names)
+            run = click.option(f"--{field}", hidden=True, shell_complete=completer)(run)
         run = click.option("--json", is_flag=True, help="Print JSON.")(run)
         metavar = " ".join(f"[{f[:-1]}]" if f.endswith("?") else f for f in fields).upper()
-        run = click.argument("words", nargs=-1, metavar=metavar)(run)
+        completer = complete_words(names, rest)
+        words = click.argument("words", nargs=-1, metavar=metavar, shell_complete=completer)
+        run = words(run)
         return group.command(name)(run)
 
     return decorate
@@ -72,47 +77,3 @@ def _placed(
     elif left:
         raise click.UsageError(f"unexpected data '{left[0]}'")
     return options
-
-
-def parse_memspec(spec: str) -> str:
-    """Return the absolute path in a virsh memspec, `[file=]PATH[,snapshot=external]`."""
-    first, *others = _split(spec)
-    if "=" not in first or first.startswith("/"):
-        first = f"file={first}"
-    values = _values("memspec", spec, [first, *others], known=("file", "snapshot"))
-    if values.get("snapshot", "external") != "external":
-        raise click.UsageError(f"memspec {spec}: memory is always saved in a file of its own")
-    if not values.get("file"):
-        raise click.UsageError(f"memspec {spec}: no file is named")
-    return os.path.abspath(values["file"])
-
-
-def parse_diskspec(spec: str) -> dict[str, str]:
-    """Return a DiskRequest from a virsh diskspec, `TARGET[,snapshot=no|external][,file=PATH]`."""
-    target, *others = _split(spec)
-    known = ("snapshot", "file", "driver", "stype")
-    values = _values("diskspec", spec, others, known=known)
-    if values.get("snapshot", "external") not in ("external", "no"):
-        raise click.UsageError(f"diskspec {spec}: snapshot is either external or no")
-    if values.pop("driver", "qcow2") != "qcow2" or values.pop("stype", "file") != "file":
-        raise click.UsageError(f"diskspec {spec}: overlays are qcow2 files")
-    if not target:
-        raise click.UsageError(f"diskspec {spec}: no disk is named")
-    if "file" in values:
-        values["file"] = os.path.abspath(values["file"])
-    return {"target": os.path.abspath(target) if "/" in target else target, **values}
-
-
-def _split(spec: str) -> list[str]:
-    """Split at commas; a doubled one stands for itself."""
-    return [part.replace("\0", ",") for part in spec.replace(",,", "\0").split(",")]
-
-
-def _values(what: str, spec: str, parts: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or key not in known or key in values:
-            raise click.UsageError(f"unable to parse {what}: {spec}")
-        values[key] = value
-    return values

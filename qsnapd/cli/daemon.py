@@ -78,12 +78,12 @@ def execute(config_file: Path, vm: str, words: tuple[str, ...]) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 it failed, 2 usage."""
+    """Run the command line and exit: 0 done, else 1."""
     try:
         sys.exit(cli.main(prog_name="qsnapd", standalone_mode=False))
     except click.UsageError as exc:
         click.echo(f"qsnapd: {exc.format_message()}", err=True)
-        sys.exit(2)
+        sys.exit(1)
     except QsnapError as exc:
         click.echo(f"qsnapd: {exc}", err=True)
         sys.exit(1)

@@ -12,6 +12,7 @@ import click
 
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.output import print_json, print_labels, size
+from qsnapd.control.client import Client
 from qsnapd.errors import QsnapError
 
 _OPERATIONS = {
@@ -19,7 +20,15 @@ _OPERATIONS = {
     "revert": "Snapshot revert",
     "clone": "Snapshot clone",
     "start": "Start",
+    "delete": "Snapshot delete",
+    "repair": "Snapshot repair",
+    "edit": "Snapshot edit",
 }
+_START = "Start QEMU now, by this command line:"
+_TO_DO = {
+    "holding": "The guest stands still for the storage to take its own snapshot; then say:"
+}
+"""What a job that waits for a person wants, by its phase."""
 _ENDS = {"done": "Completed", "failed": "Failed", "cancelled": "Cancelled"}
 
 
@@ -28,17 +37,25 @@ def add_to(group: click.Group) -> None:
 
     @verb(group, "domjobinfo", "domain")
     @click.option("--completed", is_flag=True, help="The job that ended last.")
-    def domjobinfo(cli: Cli, domain: str, completed: bool) -> None:
+    @click.option("--keep-completed", is_flag=True, help="Accepted: it is always kept.")
+    @click.option("--anystats", is_flag=True, help="Accepted: failed jobs are always told of.")
+    def domjobinfo(
+        cli: Cli, domain: str, completed: bool, keep_completed: bool, anystats: bool
+    ) -> None:
         """Print how far a VM's job has come."""
         with cli.connect() as client:
             job = client.call("GetJob", vm=domain, completed=completed)["job"]
-        if cli.json:
-            print_json(job)
-        else:
-            print_labels(_labels(job) if job else {"Job type": "None"}, width=17)
+            if cli.json:
+                print_json(job)
+                return
+            labels: dict[str, object] = _labels(job) if job else {"Job type": "None"}
+            if job and job["kind"] == "create" and job["phase"] == "done":
+                labels["Total downtime"] = _downtime(client, job)
+        print_labels(labels, width=17)
 
     @verb(group, "domjobabort", "domain")
-    def domjobabort(cli: Cli, domain: str) -> None:
+    @click.option("--postcopy", is_flag=True, hidden=True)
+    def domjobabort(cli: Cli, domain: str, postcopy: bool) -> None:
         """Abort a VM's job; it undoes what it did."""
         with cli.connect() as client:
             job = client.call("AbortJob", vm=domain)["job"]
@@ -75,7 +92,7 @@ def follow(
                 meter.show(job)
                 if job["instruction"] not in (None, told):
                     told = job["instruction"]
-                    click.echo(f"Start QEMU now, by this command line:\n{told}", err=True)
+                    click.echo(f"{_TO_DO.get(job['phase'], _START)}\n{told}", err=True)
     return reply
 
 
@@ -114,20 +131,37 @@ def open_meter(cli: Cli, name: object) -> AbstractContextManager[Meter]:
     return Bar(str(name or "snapshot"))
 
 
+def _downtime(client: Client, job: dict[str, Any]) -> str | None:
+    """How long the guest stood still for a snapshot, if that is still there."""
+    with suppress(QsnapError):
+        snapshot = client.call("GetSnapshot", vm=job["vm"], name=job["snapshot"])["snapshot"]
+        return f"{snapshot['paused_ms']:<12.0f} ms"
+    return None
+
+
 def _labels(job: dict[str, Any]) -> dict[str, object]:
+    """Virsh's labels first, in its order, then what virsh cannot tell."""
     left_s = job["left_s"]
-    return {
+    data = {
+        "processed": size(job["done_bytes"]),
+        "remaining": size(max(0, job["total_bytes"] - job["done_bytes"])),
+        "total": size(job["total_bytes"]),
+    }
+    labels: dict[str, object] = {
         "Job type": _ENDS.get(job["phase"], "Unbounded"),
         "Operation": _OPERATIONS[job["kind"]],
-        "Snapshot": job["snapshot"],
-        "Phase": job["phase"],
         "Time elapsed": f"{job['elapsed_ms']:<12.0f} ms",
         "Time remaining": f"{left_s * 1000:<12.0f} ms" if left_s is not None else None,
+        **{f"Data {what}": value for what, value in data.items()},
+    }
+    if job["kind"] != "delete":
+        labels |= {f"Memory {what}": value for what, value in data.items()}
+        labels["Memory bandwidth"] = f"{size(job['rate_bytes_per_s'])}/s"
+    return labels | {
+        "Total downtime": None,
+        "Snapshot": job["snapshot"],
+        "Phase": job["phase"],
         "Progress": f"{job['percent']:.1f} %",
-        "Data processed": size(job["done_bytes"]),
-        "Data remaining": size(max(0, job["total_bytes"] - job["done_bytes"])),
-        "Data total": size(job["total_bytes"]),
-        "Memory bandwidth": f"{size(job['rate_bytes_per_s'])}/s",
         "State kept as": job["kept"],
         "Waits for": job["instruction"],
         "Error": job["error"],

@@ -1,6 +1,6 @@
 """`qsnapctl`: virsh's verbs for VMs that run without libvirt.
 
-Exit status: 0 done, 1 it failed, 2 the command line makes no sense.
+Exit status, as virsh's: 0 done, 1 it failed or the command line makes no sense.
 """
 
 import json
@@ -10,14 +10,51 @@ from typing import NoReturn
 import click
 
 import qsnapd
-from qsnapd.cli import clones, events, jobs, launches, restores, snapshots, transfer, verify, vms
+from qsnapd.cli import (
+    clones,
+    creates,
+    current,
+    deletes,
+    disks,
+    events,
+    filesystems,
+    fsck,
+    jobs,
+    launches,
+    looks,
+    metadata,
+    restores,
+    shells,
+    transfer,
+    verify,
+    vms,
+)
 from qsnapd.cli.arguments import Cli
 from qsnapd.errors import QsnapError
 
 DEFAULT_SOCKET = "/run/qsnapd/io.qsnapd"
 
 
-@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+class _UnknownVerb(QsnapError):
+    code = "unknown-verb"
+
+
+class _Verbs(click.Group):
+    """A verb that does not exist is an error like any other, as with virsh."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
+            raise _UnknownVerb(f"unknown command: '{args[0]}'")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Verbs,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--socket",
     metavar="PATH",
@@ -27,19 +64,43 @@ DEFAULT_SOCKET = "/run/qsnapd/io.qsnapd"
     help="Where the daemon listens; QSNAPD_SOCKET sets the default.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, errors included.")
+@click.option("-q", "--quiet", is_flag=True, help="Tables without their header.")
+@click.option("-c", "--connect", metavar="URI", hidden=True)
 @click.version_option(qsnapd.__version__)
 @click.pass_context
-def qsnapctl(context: click.Context, socket: str, as_json: bool) -> None:
+def qsnapctl(
+    context: click.Context, socket: str, as_json: bool, quiet: bool, connect: str | None
+) -> None:
     """Take checkpoints of running QEMU VMs and put them back.
 
     Verbs, flags and output are those of virsh. With --json a verb prints the objects that
     the interface text describes (ask the socket for org.varlink.service
     GetInterfaceDescription), an error is {code, message, effect} on stderr.
     """
-    context.obj = Cli(socket=socket, json=as_json)
+    if connect is not None and not connect.startswith("qemu:///"):
+        raise click.UsageError(f"--connect {connect}: only the VMs of this host can be reached")
+    context.obj = Cli(socket=socket, json=as_json, quiet=quiet)
 
 
-for module in (vms, snapshots, restores, clones, launches, jobs, events, transfer, verify):
+for module in (
+    vms,
+    disks,
+    creates,
+    current,
+    looks,
+    metadata,
+    restores,
+    deletes,
+    clones,
+    launches,
+    filesystems,
+    jobs,
+    events,
+    transfer,
+    verify,
+    fsck,
+    shells,
+):
     module.add_to(qsnapctl)
 
 
@@ -51,7 +112,7 @@ def main() -> NoReturn:
         _complain("usage", exc.format_message(), "none")
         if exc.ctx is not None and not _json_wanted():
             click.echo(f"see: {exc.ctx.command_path} --help", err=True)
-        sys.exit(2)
+        sys.exit(1)
     except QsnapError as exc:
         _complain(exc.code, str(exc), exc.effect)
         sys.exit(1)

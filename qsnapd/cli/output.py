@@ -11,15 +11,20 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table like virsh's, an empty line after it."""
-    table = [list(header), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, quiet: bool = False
+) -> None:
+    """Print a table like virsh's, an empty line after it; *quiet*: without its header."""
+    table = [[str(cell) for cell in row] for row in rows]
+    if not quiet:
+        table.insert(0, list(header))
+    widths = [max((len(row[column]) for row in table), default=0) for column in range(len(header))]
     lines = [
         "".join(f" {cell:<{width + 2}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
-    lines.insert(1, "-" * (sum(widths) + 3 * len(widths)))
+    if not quiet:
+        lines.insert(1, "-" * (sum(widths) + 3 * len(widths)))
     click.echo("\n".join([*lines, ""]))
 
 

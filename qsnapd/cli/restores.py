@@ -7,8 +7,9 @@ import click
 
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.jobs import follow
+from qsnapd.cli.looks import chosen
 from qsnapd.cli.output import print_json
-from qsnapd.cli.snapshots import chosen
+from qsnapd.errors import BadRequest
 
 Verb = Callable[..., None]
 
@@ -48,6 +49,7 @@ def add_to(group: click.Group) -> None:
     @verb(group, "snapshot-revert", "domain", "snapshotname?")
     @click.option("--current", is_flag=True, help="To the current snapshot.")
     @restore_options
+    @click.option("--reset-nvram", is_flag=True, hidden=True)
     @click.option("--discard", is_flag=True, help="Do not keep the state it is in as a snapshot.")
     def snapshot_revert(
         cli: Cli,
@@ -55,6 +57,7 @@ def add_to(group: click.Group) -> None:
         snapshotname: str | None,
         current: bool,
         discard: bool,
+        reset_nvram: bool,
         **given: bool,
     ) -> None:
         """Put a VM back to a snapshot.
@@ -62,6 +65,11 @@ def add_to(group: click.Group) -> None:
         The state that the VM is in is kept as a snapshot first.
         """
         request = restore_request(given)
+        if reset_nvram:
+            raise BadRequest(
+                "--reset-nvram is not supported: the firmware's variables come back with the "
+                "snapshot, or stay as they are"
+            )
         name = chosen(cli, domain, snapshotname, current)["name"]
         job = follow(
             cli, "RevertSnapshot", domain, request | {"name": name, "discard": discard}

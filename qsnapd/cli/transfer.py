@@ -9,11 +9,10 @@ from typing import Any
 import click
 
 from qsnapd.cli.arguments import Cli, verb
+from qsnapd.cli.descriptions import STANDARD, print_scan, read_description, write_description
 from qsnapd.cli.jobs import open_meter
 from qsnapd.cli.output import print_json, size
 from qsnapd.errors import TargetRefused
-
-_STANDARD = "-"
 
 
 def add_to(group: click.Group) -> None:
@@ -24,10 +23,20 @@ def add_to(group: click.Group) -> None:
         "--tar",
         metavar="[FILE]",
         is_flag=False,
-        flag_value=_STANDARD,
+        flag_value=STANDARD,
         help="As a tar stream, to a new file or standard output.",
     )
     @click.option("--chained", is_flag=True, help="Copy the images of each disk one by one.")
+    @click.option(
+        "--metadata",
+        metavar="[FILE]",
+        is_flag=False,
+        flag_value=STANDARD,
+        help="Its manifest alone, without data, to a new file or standard output.",
+    )
+    @click.option(
+        "--xml", metavar="[FILE]", is_flag=False, flag_value=STANDARD, help="The same as XML."
+    )
     def snapshot_export(
         cli: Cli,
         domain: str,
@@ -35,8 +44,16 @@ def add_to(group: click.Group) -> None:
         directory: str | None,
         tar: str | None,
         chained: bool,
+        metadata: str | None,
+        xml: str | None,
     ) -> None:
         """Write a snapshot, complete in itself, to a new directory or as a tar stream."""
+        _require_one(directory=directory, tar=tar, metadata=metadata, xml=xml)
+        if (target := metadata or xml) is not None:
+            if chained:
+                raise click.UsageError("--chained is for images of disks: there are none here")
+            write_description(cli, domain, snapshotname, target, as_xml=xml is not None)
+            return
         _export(cli, domain, snapshotname, directory, tar, chained)
 
     @verb(group, "snapshot-cp", "domain", "snapshotname", "directory")
@@ -52,12 +69,25 @@ def add_to(group: click.Group) -> None:
         "--tar",
         metavar="[FILE]",
         is_flag=False,
-        flag_value=_STANDARD,
+        flag_value=STANDARD,
         help="From a tar stream, out of a file or standard input.",
     )
     @click.option("--name", help="Another name than it had.")
     @click.option(
         "--disk-dir", metavar="DIRECTORY", help="Make the folder with its disks' images there."
+    )
+    @click.option(
+        "--metadata",
+        metavar="[FILE]",
+        is_flag=False,
+        flag_value=STANDARD,
+        help="A manifest alone (JSON or XML), whose files are where it says.",
+    )
+    @click.option(
+        "--scan",
+        metavar="DIRECTORY",
+        help="All snapshots of this VM that lie below it and are whole: a former state "
+        "directory, kept manifests, exports.",
     )
     def snapshot_import(
         cli: Cli,
@@ -66,22 +96,42 @@ def add_to(group: click.Group) -> None:
         tar: str | None,
         name: str | None,
         disk_dir: str | None,
+        metadata: str | None,
+        scan: str | None,
     ) -> None:
         """Make an exported snapshot one of this VM's."""
-        _require_one(directory, tar)
+        _require_one(directory=directory, tar=tar, metadata=metadata, scan=scan)
+        if disk_dir is not None and (metadata or scan):
+            raise click.UsageError("--disk-dir is for disks that are copied: there are none here")
+        if name is not None and scan:
+            raise click.UsageError("--scan takes snapshots in by the names they have")
+        if scan is not None:
+            reply = _follow(cli, "ScanSnapshots", domain, None, {"directory": _absolute(scan)})
+            print_scan(cli, reply["result"])
+            return
+        if metadata is not None:
+            call = {"manifest": read_description(metadata), "name": name}
+            _tell_imported(cli, _follow(cli, "ImportMetadata", domain, name, call))
+            return
         request = {
             "directory": _absolute(directory),
             "name": name,
             "disk_directory": _absolute(disk_dir),
         }
         with _read(tar) as descriptor:
-            reply = _follow(cli, "ImportSnapshot", domain, request, name, descriptor)
-        if cli.json:
-            print_json({"snapshot": reply["snapshot"], "notes": reply["notes"]})
-            return
-        click.echo(f"Domain snapshot {reply['snapshot']['name']} imported")
-        for note in reply["notes"]:
-            click.echo(f"note: {note}", err=True)
+            reply = _follow(
+                cli, "ImportSnapshot", domain, name, {"request": request}, descriptor
+            )
+        _tell_imported(cli, reply)
+
+
+def _tell_imported(cli: Cli, reply: dict[str, Any]) -> None:
+    if cli.json:
+        print_json({"snapshot": reply["snapshot"], "notes": reply["notes"]})
+        return
+    click.echo(f"Domain snapshot {reply['snapshot']['name']} imported")
+    for note in reply["notes"]:
+        click.echo(f"note: {note}", err=True)
 
 
 def _export(
@@ -92,11 +142,11 @@ def _export(
     tar: str | None,
     chained: bool,
 ) -> None:
-    _require_one(directory, tar)
     request = {"name": snapshotname, "directory": _absolute(directory), "chained": chained}
     with _written(tar) as descriptor:
-        reply = _follow(cli, "ExportSnapshot", domain, request, snapshotname, descriptor)
-    if tar == _STANDARD:
+        call = {"request": request}
+        reply = _follow(cli, "ExportSnapshot", domain, snapshotname, call, descriptor)
+    if tar == STANDARD:
         return
     if cli.json:
         print_json(reply["files"])
@@ -106,9 +156,10 @@ def _export(
         click.echo(f"Domain snapshot {snapshotname} exported to {where} ({size(data_bytes)})")
 
 
-def _require_one(directory: str | None, tar: str | None) -> None:
-    if (directory is None) == (tar is None):
-        raise click.UsageError("either a directory or --tar is required")
+def _require_one(**ways: str | None) -> None:
+    if sum(way is not None for way in ways.values()) != 1:
+        names = ["a directory", *(f"--{name}" for name in ways if name != "directory")]
+        raise click.UsageError(f"one of these is required: {', '.join(names)}")
 
 
 def _absolute(path: str | None) -> str | None:
@@ -119,14 +170,14 @@ def _follow(
     cli: Cli,
     method: str,
     vm: str,
-    request: dict[str, Any],
     name: str | None,
-    descriptor: int | None,
+    call: dict[str, Any],
+    descriptor: int | None = None,
 ) -> dict[str, Any]:
     """Do it, showing on a terminal how far it is; returns the last reply."""
     reply: dict[str, Any] = {}
     with cli.connect() as client, open_meter(cli, name) as meter:
-        for reply in client.stream(method, vm=vm, request=request, descriptor=descriptor):
+        for reply in client.stream(method, vm=vm, **call, descriptor=descriptor):
             if progress := reply["progress"]:
                 meter.show({**progress, "phase": progress["step"]})
     return reply
@@ -137,7 +188,7 @@ def _written(tar: str | None) -> Iterator[int | None]:
     """Where the stream goes; a file that was made for it is gone if it comes to nothing."""
     if tar is None:
         yield None
-    elif tar == _STANDARD:
+    elif tar == STANDARD:
         if sys.stdout.isatty():
             raise click.UsageError("a tar stream does not go to a terminal: use a pipe or a file")
         yield sys.stdout.fileno()
@@ -156,7 +207,7 @@ def _written(tar: str | None) -> Iterator[int | None]:
 def _read(tar: str | None) -> Iterator[int | None]:
     if tar is None:
         yield None
-    elif tar == _STANDARD:
+    elif tar == STANDARD:
         if sys.stdin.isatty():
             raise click.UsageError("a tar stream is not read from a terminal: use a pipe or a file")
         yield sys.stdin.fileno()

@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from qsnapd.cli.arguments import Cli, verb
+from qsnapd.cli.looks import chosen
 from qsnapd.cli.output import print_json
-from qsnapd.cli.snapshots import chosen
 
 
 def add_to(group: click.Group) -> None:

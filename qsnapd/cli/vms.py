@@ -1,5 +1,6 @@
 """Verbs that look at VMs, pause them and let them run."""
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -7,27 +8,51 @@ import click
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.output import print_json, print_labels, print_table
 
-_SHUT_OFF = 5  # virDomainState
+_RUNNING, _PAUSED, _SHUT_OFF = 1, 3, 5  # virDomainState
+
+_LIST_FLAGS = (
+    ("all", "Also VMs that are shut off."),
+    ("inactive", "Only VMs that are shut off."),
+    ("state-running", "Those that run."),
+    ("state-paused", "Those that are paused."),
+    ("state-shutoff", "Those that are shut off."),
+    ("state-other", "Those in other states."),
+    ("with-snapshot", "Those that have snapshots."),
+    ("without-snapshot", "Those that have none."),
+    ("persistent", "All: what is kept of a VM outlives its QEMU."),
+    ("transient", "None, for the same reason."),
+)
 
 
 def add_to(group: click.Group) -> None:
     """Add the verbs of this module."""
 
     @verb(group, "list")
-    @click.option("--all", "show_all", is_flag=True, help="Also VMs that are shut off.")
-    @click.option("--name", "only_names", is_flag=True, help="Names only.")
-    def list_vms(cli: Cli, show_all: bool, only_names: bool) -> None:
-        """List VMs."""
+    @_list_flags
+    @click.option("--table", is_flag=True, help="As a table; the default.")
+    @click.option("--name", is_flag=True, help="Names only.")
+    @click.option("--uuid", is_flag=True, help="UUIDs only, or before the names.")
+    @click.option("--id", "ids", is_flag=True, help="Ids only: those of the QEMU processes.")
+    def list_vms(
+        cli: Cli, table: bool, name: bool, uuid: bool, ids: bool, **flags: bool
+    ) -> None:
+        """List VMs that run, or those asked for."""
+        for flag, given in (("name", name), ("uuid", uuid), ("id", ids)):
+            if table and given:
+                raise click.UsageError(f"Options --table and --{flag} are mutually exclusive")
         with cli.connect() as client:
             vms = client.call("ListVms")["vms"]
-        vms = [vm for vm in vms if show_all or vm["state_number"] != _SHUT_OFF]
+        vms = [vm for vm in vms if _is_listed(vm, flags)]
+        vms.sort(key=lambda vm: vm["pid"] is None)
+        columns = [key for key, given in (("pid", ids), ("uuid", uuid), ("name", name)) if given]
         if cli.json:
             print_json(vms)
-        elif only_names:
-            click.echo("".join(f"{vm['name']}\n" for vm in vms), nl=False)
+        elif columns:
+            for vm in vms:
+                click.echo(" ".join(str(vm[key] or "-") for key in columns))
         else:
             rows = ((vm["pid"] or "-", vm["name"], vm["state"]) for vm in vms)
-            print_table(("Id", "Name", "State"), rows)
+            print_table(("Id", "Name", "State"), rows, quiet=cli.quiet)
 
     @verb(group, "domstate", "domain")
     @click.option("--reason", is_flag=True, help="Also say why.")
@@ -65,43 +90,60 @@ def add_to(group: click.Group) -> None:
             }
         )
 
-    @verb(group, "domblklist", "domain")
-    @click.option("--details", is_flag=True, help="Also type, format and why one is left out.")
-    def domblklist(cli: Cli, domain: str, details: bool) -> None:
-        """List a VM's disks and the files behind them."""
-        with cli.connect() as client:
-            disks = client.call("ListDisks", vm=domain)["disks"]
-        if cli.json:
-            print_json(disks)
-        elif details:
-            print_table(
-                ("Target", "Format", "Chain", "Snapshot", "Source"),
-                (
-                    (
-                        disk["target"],
-                        disk["format"],
-                        disk["chain_depth"],
-                        disk["left_out"] or "external",
-                        disk["path"] or "-",
-                    )
-                    for disk in disks
-                ),
-            )
-        else:
-            rows = ((disk["target"], disk["path"] or "-") for disk in disks)
-            print_table(("Target", "Source"), rows)
+    for one, key, text in (
+        ("domid", "pid", "Print a VM's id: that of its QEMU process."),
+        ("domuuid", "uuid", "Print a VM's UUID."),
+        ("domname", "name", "Print a VM's name."),
+    ):
+        _add_lookup(group, one, key, text)
 
     @verb(group, "suspend", "domain")
     def suspend(cli: Cli, domain: str) -> None:
         """Pause a VM."""
         vm = _vm(cli, "Suspend", domain)
-        print_json(vm) if cli.json else click.echo(f"Domain '{domain}' suspended")
+        print_json(vm) if cli.json else click.echo(f"Domain '{vm['name']}' suspended")
 
     @verb(group, "resume", "domain")
     def resume(cli: Cli, domain: str) -> None:
         """Let a paused VM run."""
         vm = _vm(cli, "Resume", domain)
-        print_json(vm) if cli.json else click.echo(f"Domain '{domain}' resumed")
+        print_json(vm) if cli.json else click.echo(f"Domain '{vm['name']}' resumed")
+
+
+def _list_flags(function: Callable[..., None]) -> Callable[..., None]:
+    for flag, text in reversed(_LIST_FLAGS):
+        function = click.option(f"--{flag}", is_flag=True, help=text)(function)
+    return function
+
+
+def _is_listed(vm: dict[str, Any], flags: dict[str, bool]) -> bool:
+    """Virsh's rules: those that run, unless told otherwise; of what is asked for twice, both."""
+    state = vm["state_number"]
+    shut_off = state == _SHUT_OFF
+    if not flags["all"] and shut_off != (flags["inactive"] or flags["state_shutoff"]):
+        return False
+    states = {
+        "state_running": state == _RUNNING,
+        "state_paused": state == _PAUSED,
+        "state_shutoff": shut_off,
+        "state_other": state not in (_RUNNING, _PAUSED, _SHUT_OFF),
+    }
+    snapshots = {"with_snapshot": vm["snapshots"] > 0, "without_snapshot": not vm["snapshots"]}
+    lasting = {"persistent": True, "transient": False}
+    return all(
+        any(is_so for flag, is_so in group.items() if flags[flag])
+        for group in (states, snapshots, lasting)
+        if any(flags[flag] for flag in group)
+    )
+
+
+def _add_lookup(group: click.Group, name: str, key: str, text: str) -> None:
+    @verb(group, name, "domain")
+    def look_up(cli: Cli, domain: str) -> None:
+        vm = _vm(cli, "GetVm", domain)
+        print_json({key: vm[key]}) if cli.json else click.echo(vm[key] or "-")
+
+    look_up.help = text
 
 
 def _vm(cli: Cli, method: str, name: str) -> dict[str, Any]:

@@ -30,12 +30,15 @@ class Client:
     its end, leave the connection unusable.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, reply_limit_s: float = REPLY_LIMIT_S
+    ) -> None:
         """Connect. Raises: ControlError: nobody answers at *path*, or we may not ask."""
         self._path = os.fspath(path)
+        self._reply_limit_s = reply_limit_s
         self._buffer = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(REPLY_LIMIT_S)
+        self._socket.settimeout(reply_limit_s)
         try:
             self._socket.connect(self._path)
         except OSError as exc:
@@ -53,15 +56,15 @@ class Client:
 
         Raises:
           QsnapError: of the class, with the message and effect, that the daemon gave.
-          ControlError: the daemon left, or did not answer within REPLY_LIMIT_S.
+          ControlError: the daemon left, or did not answer within the limit.
         """
-        self._socket.settimeout(REPLY_LIMIT_S)
+        self._socket.settimeout(self._reply_limit_s)
         self._send({"method": f"{INTERFACE}.{method}", "parameters": parameters})
         try:
             return _parameters(self._receive())
         except TimeoutError as exc:
             raise ControlError(
-                f"qsnapd did not answer within {REPLY_LIMIT_S:g} s", effect=Effect.UNKNOWN
+                f"qsnapd did not answer within {self._reply_limit_s:g} s", effect=Effect.UNKNOWN
             ) from exc
 
     def stream(

@@ -1,17 +1,25 @@
 """What the control socket needs of the daemon below it, and nothing more."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import trio
 
 from qsnapd.model.event import Event
+from qsnapd.model.findings import StoreCheck
+from qsnapd.model.freeze import Filesystem
 from qsnapd.model.job import JobInfo
 from qsnapd.model.launch import LaunchInfo
-from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
+from qsnapd.model.request import CloneRequest, CreateRequest, DeleteRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
-from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, TransferProgress
+from qsnapd.model.transfer import (
+    Export,
+    ExportRequest,
+    ImportRequest,
+    ScanResult,
+    TransferProgress,
+)
 from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 
@@ -45,6 +53,9 @@ class Host(Protocol):
 
     def vm(self, name: str) -> VmInfo: ...
 
+    def name_of(self, word: str) -> str:
+        """Return the name of the VM that *word* means: its name, or its UUID or id if it runs."""
+
     async def disks(self, name: str) -> tuple[DiskInfo, ...]:
         """Ask QEMU for the VM's disks."""
 
@@ -57,6 +68,24 @@ class Host(Protocol):
     async def resume(self, name: str) -> None:
         """Let a paused guest run. Raises: WrongState, VmBusy, VmError."""
 
+    async def freeze_filesystems(self, name: str, mountpoints: Sequence[str]) -> int:
+        """Freeze the guest's file systems, all or those at *mountpoints*; returns how many.
+
+        On success: they stay so until `thaw_filesystems`.
+        On failure or cancellation: what was frozen is thawed, sooner or later.
+        Raises: WrongState: the guest does not run, or they are frozen already. VmBusy: a job runs.
+          AgentError.
+        """
+
+    async def thaw_filesystems(self, name: str) -> int:
+        """Thaw them all, whoever froze them; returns how many.
+
+        Raises: WrongState. VmBusy: a job has them frozen right now. AgentError.
+        """
+
+    async def filesystems(self, name: str) -> tuple[Filesystem, ...]:
+        """Return what is mounted in the guest. Raises: as `thaw_filesystems`."""
+
     async def create(self, name: str, request: CreateRequest) -> Job:
         """Check the request and start the job that takes the checkpoint.
 
@@ -67,6 +96,9 @@ class Host(Protocol):
 
     async def revert(self, name: str, request: RevertRequest) -> Job:
         """As `create`, for putting the VM back to a snapshot."""
+
+    async def delete(self, name: str, request: DeleteRequest) -> Job:
+        """As `create`, for deleting snapshots; the job's result is what the named one was."""
 
     async def clone(self, name: str, request: CloneRequest) -> Job:
         """As `create`, for starting another VM from a snapshot; the job is the new VM's.
@@ -129,6 +161,34 @@ class Host(Protocol):
         On failure or cancellation: as if never asked. Raises: RequestError, StoreError.
         """
 
+    async def take_in_metadata(
+        self,
+        name: str,
+        text: str,
+        new_name: str | None,
+        tell: Callable[[TransferProgress], None],
+    ) -> tuple[str, tuple[str, ...]]:
+        """Make a snapshot of a manifest's text, whose files are where it says.
+
+        Returns its name, what was taken on trust, and what may be in the way of a restore.
+        On failure or cancellation: as if never asked. Raises: RequestError, StoreError.
+        """
+
+    async def scan(
+        self, name: str, directory: str, tell: Callable[[TransferProgress], None]
+    ) -> ScanResult:
+        """Look for the VM's snapshots below *directory*, and make all its own that are whole.
+
+        Cancellation: those that were taken in stay. Raises: VmBusy, TargetRefused, StoreError.
+        """
+
+    async def fsck(self, name: str, *, repair: bool) -> StoreCheck:
+        """Hold records, files and QEMU's block graph of a VM against each other.
+
+        *repair*: also mend what is safe to mend. While a job runs, less is looked at.
+        Cancellation: at any time. Raises: StoreError. VmBusy: a repair, while a job runs.
+        """
+
     async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
         """Look whether a snapshot is sound; *deep*: also load it into a QEMU that never runs.
 
@@ -143,6 +203,26 @@ class Host(Protocol):
 
     def current(self, name: str) -> str | None:
         """Return the name of the snapshot that the VM's present state descends from."""
+
+    async def redefine(self, name: str, text: str, *, current: bool) -> str:
+        """Define a snapshot by the text of its manifest; returns its name.
+
+        One that is there changes in what may change; one that is not has to have its files.
+        On failure or cancellation: as if never asked.
+        Raises: BadRequest, WrongState, VmBusy, ImageInvalid, StoreError.
+        """
+
+    async def rename_snapshot(self, name: str, snapshot: str, new_name: str) -> None:
+        """Call a snapshot something else. On failure: as if never asked, or effect PARTIAL.
+
+        Raises: UnknownSnapshot, SnapshotExists, WrongState, VmBusy, StoreError.
+        """
+
+    async def copy_snapshot(self, name: str, snapshot: str, new_name: str) -> None:
+        """Give a snapshot a second name. On failure: as if never asked. Raises: as above."""
+
+    async def set_current(self, name: str, snapshot: str) -> None:
+        """Make a snapshot the current one. Raises: UnknownSnapshot, VmBusy, StoreError."""
 
     def subscribe(self) -> AbstractContextManager[trio.MemoryReceiveChannel[Event]]:
         """Deliver all events from now until the block ends, through a bounded channel.

@@ -119,7 +119,7 @@ class Server:
 
     async def _reply(
         self, wire: Wire, call: _Call, peer: Peer, descriptor: int | None
-    ) -> Message:
+    ) -> Message | bytes:
         async def more(reply: Frozen) -> None:
             await wire.send({"parameters": reply.model_dump(mode="json"), "continues": True})
 
@@ -130,9 +130,10 @@ class Server:
             require(self._access.role(peer), method.needed_role(), type(method).__name__)
             if method.role > Role.READER:
                 log.info("pid %d, uid %d: %s", peer.pid, peer.uid, call.method)
+            method = _with_name(method, self._host)
             method.bring(descriptor)
             reply = await method.answer(self._host, None if call.oneway or not call.more else more)
-            return {"parameters": reply.model_dump(mode="json")}
+            return _encoded(reply)
         except QsnapError as exc:
             return _failure(exc)
         except OSError as exc:  # the world's doing, and no reason to end the daemon
@@ -161,6 +162,14 @@ def _parse(call: _Call) -> Method:
         _refuse(exc)
     except ValueError as exc:
         raise BadRequest("a number must not be infinite") from exc
+
+
+def _with_name(method: Method, host: Host) -> Method:
+    """Let a client call a VM by its UUID or id: from here on it has its name only."""
+    word = getattr(method, "vm", None)
+    if word is None or (name := host.name_of(word)) == word:
+        return method
+    return method.model_copy(update={"vm": name})
 
 
 def _refuse(failure: ValidationError) -> Never:
@@ -202,6 +211,17 @@ def _introspect(call: _Call) -> Message:
                 raise _ServiceError("InterfaceNotFound", interface=wanted)
             return {"description": text}
     raise _ServiceError("MethodNotFound", method=call.method)
+
+
+def _encoded(reply: Frozen) -> Message | bytes:
+    """A list of snapshots can be of some MiB, and others wait meanwhile: the quick way if it goes.
+
+    It does not where a name of a file is no UTF-8, which json escapes.
+    """
+    try:
+        return b'{"parameters":%b}' % reply.model_dump_json().encode()
+    except ValueError:
+        return {"parameters": reply.model_dump(mode="json")}
 
 
 def _failure(error: QsnapError) -> Message:

@@ -6,6 +6,7 @@ from pydantic import NonNegativeInt
 
 from qsnapd.model.names import VmName
 from qsnapd.model.snapshot import Manifest
+from qsnapd.store import tree
 
 
 class Snapshot(Manifest):
@@ -28,29 +29,20 @@ def placed(
 
     *users*: by snapshot, the VMs that run on it.
     """
-    manifests = tuple(manifests)
-    children: dict[str, list[str]] = {manifest.name: [] for manifest in manifests}
-    for manifest in manifests:
-        if manifest.parent in children:
-            children[manifest.parent].append(manifest.name)
+    known = {manifest.name: manifest for manifest in manifests}
+    parents, children = tree.parents(known), tree.children(known)
+    descendants = dict.fromkeys(known, 0)
+    for name, _ in reversed(tree.in_order(known)):  # children before their parents
+        if (parent := parents[name]) is not None:
+            descendants[parent] += 1 + descendants[name]
     return tuple(
-        Snapshot(
+        # All of it has been validated: to do so again would be most of the work.
+        Snapshot.model_construct(
             **dict(manifest),
-            current=manifest.name == current,
-            children=len(children[manifest.name]),
-            descendants=_count_below(manifest.name, children),
-            used_by=users.get(manifest.name, ()),
+            current=name == current,
+            children=len(children[name]),
+            descendants=descendants[name],
+            used_by=users.get(name, ()),
         )
-        for manifest in manifests
+        for name, manifest in known.items()
     )
-
-
-def _count_below(name: str, children: dict[str, list[str]]) -> int:
-    seen = {name}  # manifests that were changed by hand may go in circles
-    pending = list(children[name])  # no recursion: a chain of snapshots can be long
-    while pending:
-        below = pending.pop()
-        if below not in seen:
-            seen.add(below)
-            pending += children[below]
-    return len(seen) - 1

@@ -86,13 +86,15 @@ class Wire:
             return await self._frame()
         raise ControlError(f"the request was not complete after {self._message_limit_s:g} s")
 
-    async def send(self, message: Message) -> None:
-        """Send one message.
+    async def send(self, message: Message | bytes) -> None:
+        """Send one message; bytes are one that is JSON already.
 
         On failure or cancellation: part of it may have been sent; close the stream.
         Raises: PeerGone: the connection broke, or the peer did not read for too long.
         """
-        frame = json.dumps(message, separators=(",", ":")).encode() + b"\0"
+        if not isinstance(message, bytes):
+            message = json.dumps(message, separators=(",", ":")).encode()
+        frame = message + b"\0"
         try:
             with trio.fail_after(self._message_limit_s):
                 await self._stream.send_all(frame)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -23,8 +24,10 @@ from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration, remove_made
 from qsnapd.store.snapshots import VmStore
+from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.last_seen import Remembering
 from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.provisions import NO_PROVISIONS, Provisions
 
 UNDO_LIMIT_S = 60.0
 STOP_LIMIT_S = 30.0
@@ -72,13 +75,21 @@ class Fleet(Mapping[str, Supervisor]):
     def __len__(self) -> int:
         return len(self._watched)
 
-    def find(self, name: str) -> Supervisor:
-        """The VM called *name*. Raises: UnknownVm."""
-        try:
-            return self[name]
-        except KeyError:
-            known = ", ".join(sorted(self)) or "none"
-            raise UnknownVm(f"there is no VM {name!r} here; there are: {known}") from None
+    def find(self, word: str) -> Supervisor:
+        """The VM called *word*, else the one that runs with this UUID or process id.
+
+        Raises: UnknownVm: there is none, or several have that UUID.
+        """
+        if word in self._watched:
+            return self[word]
+        found = [self[name] for name in sorted(self) if _answers_to(self[name].attached, word)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(supervisor.name for supervisor in found)
+            raise UnknownVm(f"{word} is the UUID of several VMs: {names}; say which by its name")
+        known = ", ".join(sorted(self)) or "none"
+        raise UnknownVm(f"there is no VM {word!r} here; there are: {known}")
 
     def add(
         self,
@@ -87,6 +98,7 @@ class Fleet(Mapping[str, Supervisor]):
         launcher: Launcher,
         *,
         instead: Mapping[str, str] = NOTHING,
+        provisions: Provisions = NO_PROVISIONS,
         configured: bool,
     ) -> Supervisor:
         """Look after a VM from now on. Raises: StoreError."""
@@ -95,6 +107,8 @@ class Fleet(Mapping[str, Supervisor]):
             qemu_img=self._qemu_img,
             launcher=launcher,
             instead=instead,
+            provisions=provisions,
+            others=partial(self.other_stores, name),
         )
         watched = _Watched(supervisor)
         self._watched[name] = watched
@@ -183,6 +197,10 @@ class Fleet(Mapping[str, Supervisor]):
             )
         return self._store.vm(clone.source)
 
+    def other_stores(self, name: str) -> list[VmStore]:
+        """The parts of all VMs but *name*, in the fleet or not. Blocks. Raises: StoreError."""
+        return [self._store.vm(other) for other in self._store.names() if other != name]
+
     def require_own_monitor(self, name: str, qmp: Path) -> None:
         """Raise TargetRefused if *qmp*, meant for the new VM *name*, is another's."""
         path = os.path.realpath(qmp)  # of a VM that is shut off nobody serves it
@@ -236,6 +254,11 @@ class Fleet(Mapping[str, Supervisor]):
         stores = {other: self[other].store for other in self if other not in self._configured}
         found = {other: read_registration(store) for other, store in stores.items()}
         return sorted(other for other, clone in found.items() if clone and clone.source == name)
+
+    def clones_from(self, name: str, snapshot: str) -> list[str]:
+        """The clones that were made of this snapshot of VM *name*. Raises: StoreError."""
+        found = {other: read_registration(self[other].store) for other in self._clones_of(name)}
+        return [other for other, clone in found.items() if clone and clone.snapshot == snapshot]
 
     async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
         """Forget a clone that is shut off; returns the files that were removed.
@@ -294,6 +317,10 @@ class Fleet(Mapping[str, Supervisor]):
                 self.add(name, supervisor.qmp, supervisor.launcher, configured=False)
                 raise
         return removed
+
+
+def _answers_to(vm: AttachedVm | None, word: str) -> bool:
+    return vm is not None and word.lower() in (vm.uuid.lower(), str(vm.identity.pid))
 
 
 def _require_ended(name: str, stores: list[VmStore]) -> None:

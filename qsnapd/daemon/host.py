@@ -3,8 +3,8 @@
 Implements `control.host.Host`; decides nothing.
 """
 
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
@@ -12,17 +12,22 @@ from pathlib import Path
 
 import trio
 
+from qsnapd.daemon import agents
+from qsnapd.daemon.editing import Editing
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.daemon.upkeep import Upkeep
 from qsnapd.errors import Effect, WrongState
 from qsnapd.model.event import Event, EventKind
+from qsnapd.model.findings import StoreCheck
+from qsnapd.model.freeze import Filesystem
 from qsnapd.model.job import JobInfo, JobKind, Phase
 from qsnapd.model.launch import LaunchInfo
-from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
+from qsnapd.model.request import CloneRequest, CreateRequest, DeleteRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.state import State
-from qsnapd.model.transfer import Export, ExportRequest, ImportRequest
+from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, ScanResult
 from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 from qsnapd.snapshot.boot import boot
@@ -30,7 +35,9 @@ from qsnapd.snapshot.clone import Clone
 from qsnapd.snapshot.clone_boot import boot_clone
 from qsnapd.snapshot.clone_plan import plan_clone
 from qsnapd.snapshot.create import Checkpoint
+from qsnapd.snapshot.deletions import Deletions
 from qsnapd.snapshot.export import export_snapshot
+from qsnapd.snapshot.former_names import note_disks
 from qsnapd.snapshot.imported import import_snapshot, notes
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.meter import Tell
@@ -38,9 +45,11 @@ from qsnapd.snapshot.preflight import preflight
 from qsnapd.snapshot.rehearsal import only_one
 from qsnapd.snapshot.revert import Revert, eager_note
 from qsnapd.snapshot.revert_plan import describe_launch
+from qsnapd.snapshot.switch import DETACH_LIMIT_S
 from qsnapd.snapshot.verify import verify_snapshot
 from qsnapd.vm.disks import read_disks
 from qsnapd.vm.launch import Parent
+from qsnapd.vm.process import still_runs
 
 _SNAPSHOT_EVENTS = {
     (JobKind.CREATE, Phase.DONE): "created",
@@ -66,6 +75,8 @@ class LocalHost:
         self._qemu_img = qemu_img
         self._numbers = count(1)
         self._rehearsals = set[str]()
+        self._editing = Editing(fleet, events)
+        self._upkeep = Upkeep(fleet, events)
 
     def vms(self) -> tuple[VmInfo, ...]:
         return tuple(self.vm(name) for name in sorted(self._fleet))
@@ -93,9 +104,13 @@ class LocalHost:
             current_snapshot=supervisor.store.current(),
         )
 
+    def name_of(self, word: str) -> str:
+        return self._fleet.find(word).name
+
     async def disks(self, name: str) -> tuple[DiskInfo, ...]:
         vm = self._fleet.find(name).require_attached()
-        return tuple(disk.info() for disk in await read_disks(vm.session, vm.identity.pid))
+        disks = await read_disks(vm.session, vm.identity.pid)
+        return await trio.to_thread.run_sync(lambda: tuple(disk.info() for disk in disks))
 
     async def suspend(self, name: str) -> None:
         supervisor = self._fleet.find(name)
@@ -116,14 +131,38 @@ class LocalHost:
             )
         supervisor.require_not_reverting()
         await vm.resume()
+        if supervisor.job is not None:  # it may be what the job waits for
+            supervisor.job.tell()
+
+    async def freeze_filesystems(self, name: str, mountpoints: Sequence[str]) -> int:
+        return await agents.freeze_filesystems(self._fleet.find(name), mountpoints)
+
+    async def thaw_filesystems(self, name: str) -> int:
+        return await agents.thaw_filesystems(self._fleet.find(name))
+
+    async def filesystems(self, name: str) -> tuple[Filesystem, ...]:
+        return await agents.filesystems(self._fleet.find(name))
 
     async def create(self, name: str, request: CreateRequest) -> Job:
         supervisor = self._fleet.find(name)
         vm = supervisor.require_attached()
         job = self._new_job(name, JobKind.CREATE, request.name)
         supervisor.claim(job)
-        checkpoint = Checkpoint(vm, supervisor.store, job, qemu_img=self._qemu_img)
-        self._start(supervisor, job, lambda: checkpoint.take(request))
+        checkpoint = Checkpoint(
+            *(vm, supervisor.store, job),
+            qemu_img=self._qemu_img,
+            provisions=supervisor.provisions,
+            launcher=supervisor.launcher,
+        )
+
+        async def take() -> Manifest:
+            manifest = await checkpoint.take(request)
+            if request.halt and not still_runs(vm.identity.pid, vm.identity.start_time_ticks):
+                with trio.move_on_after(DETACH_LIMIT_S, shield=True):
+                    await supervisor.wait_detached()
+            return manifest
+
+        self._start(supervisor, job, take)
         return job
 
     async def revert(self, name: str, request: RevertRequest) -> Job:
@@ -135,11 +174,31 @@ class LocalHost:
         self._start(supervisor, job, lambda: revert.run(request))
         return job
 
+    async def delete(self, name: str, request: DeleteRequest) -> Job:
+        supervisor = self._fleet.find(name)
+        supervisor.store.manifest(request.name)  # refuses an unknown one at once
+        job = self._new_job(supervisor.name, JobKind.DELETE, request.name)
+        supervisor.claim(job)
+        deletions = Deletions(
+            *(supervisor, job, supervisor.others),
+            qemu_img=self._qemu_img,
+            tell=partial(self._publish_snapshot, supervisor.name, "deleted"),
+        )
+        self._start(supervisor, job, lambda: deletions.run(request))
+        return job
+
     async def clone(self, name: str, request: CloneRequest) -> Job:
         source = self._fleet.find(name)
         manifest = source.store.manifest(request.name)
-        with self._fleet.reserved(request.clone):
-            found = await preflight(manifest, qemu_img=self._qemu_img, force=request.force)
+        with ExitStack() as reading, self._fleet.reserved(request.clone):
+            reader = f"clone {request.clone}, which is being made,"
+            reading.enter_context(source.store.leases.reading(request.name, reader))
+            found = await preflight(
+                manifest,
+                qemu_img=self._qemu_img,
+                force=request.force,
+                others=source.store.snapshots().values(),
+            )
             directory = self._fleet.directory(request.clone)
             plan = await trio.to_thread.run_sync(
                 partial(
@@ -153,6 +212,7 @@ class LocalHost:
             )
             self._fleet.require_own_monitor(request.clone, Path(plan.qmp))
             supervisor = self._fleet.add_clone(name, request.clone, Path(plan.qmp))
+            needed = reading.pop_all()
         job = self._new_job(request.clone, JobKind.CLONE, request.name)
         differences = map(str, found.differences)
         job.notes = (*plan.notes, *differences, *found.notes, *eager_note(plan))
@@ -161,7 +221,8 @@ class LocalHost:
 
         async def make() -> Manifest:
             try:
-                return await clone.run(plan, reads_ahead=request.read_ahead)
+                with needed:
+                    return await clone.run(plan, reads_ahead=request.read_ahead)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._fleet.drop_unless_registered(
@@ -217,21 +278,25 @@ class LocalHost:
         manifest = await import_snapshot(
             supervisor.store, request, descriptor=descriptor, tell=tell
         )
-        self._events.publish(
-            Event(
-                kind=EventKind.SNAPSHOT,
-                vm=name,
-                at=datetime.now(UTC),
-                event="imported",
-                snapshot=manifest.name,
-            )
-        )
+        self._publish_snapshot(name, "imported", manifest.name)
         return manifest.name, await trio.to_thread.run_sync(notes, manifest, supervisor.qmp)
+
+    async def take_in_metadata(
+        self, name: str, text: str, new_name: str | None, tell: Tell
+    ) -> tuple[str, tuple[str, ...]]:
+        return await self._upkeep.take_in_metadata(name, text, new_name, tell)
+
+    async def scan(self, name: str, directory: str, tell: Tell) -> ScanResult:
+        return await self._upkeep.scan(name, directory, tell)
+
+    async def fsck(self, name: str, *, repair: bool) -> StoreCheck:
+        return await self._upkeep.fsck(name, repair=repair)
 
     async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
         store = self._fleet.find(name).store
         manifest = store.manifest(snapshot)
-        with only_one(self._rehearsals, name) if deep else nullcontext():
+        reading = store.leases.reading(snapshot, "a verification")
+        with reading, only_one(self._rehearsals, name) if deep else nullcontext():
             return await verify_snapshot(
                 manifest, deep=deep, directory=store.directory, qemu_img=self._qemu_img
             )
@@ -249,6 +314,7 @@ class LocalHost:
             with trio.CancelScope(shield=True):
                 if supervisor.attached is not None:  # its disks may have moved
                     await supervisor.launcher.follow(supervisor.attached)
+                    await note_disks(supervisor.attached, supervisor.store)
             return manifest
 
         async def run() -> None:
@@ -266,10 +332,16 @@ class LocalHost:
             Event, vm=job.vm, at=datetime.now(UTC), snapshot=job.snapshot, job=job.info()
         )
         self._events.publish(publish(kind=EventKind.JOB, event=job.phase.value))
-        if job.phase.ended:
-            event = _SNAPSHOT_EVENTS.get((job.kind, job.phase), "failed")
+        event = _SNAPSHOT_EVENTS.get((job.kind, job.phase))
+        if job.phase in (Phase.FAILED, Phase.CANCELLED):
+            event = "failed"
+        if event is not None:
             detail = str(job.error) if job.error else ""
             self._events.publish(publish(kind=EventKind.SNAPSHOT, event=event, detail=detail))
+
+    def _publish_snapshot(self, vm: str, event: str, snapshot: str) -> None:
+        at, kind = datetime.now(UTC), EventKind.SNAPSHOT
+        self._events.publish(Event(kind=kind, vm=vm, at=at, event=event, snapshot=snapshot))
 
     def job(self, name: str) -> JobInfo | None:
         job = self._fleet.find(name).job
@@ -299,6 +371,18 @@ class LocalHost:
 
     def current(self, name: str) -> str | None:
         return self._fleet.find(name).store.current()
+
+    async def redefine(self, name: str, text: str, *, current: bool) -> str:
+        return await self._editing.redefine(name, text, current=current)
+
+    async def rename_snapshot(self, name: str, snapshot: str, new_name: str) -> None:
+        await self._editing.rename(name, snapshot, new_name)
+
+    async def copy_snapshot(self, name: str, snapshot: str, new_name: str) -> None:
+        await self._editing.copy(name, snapshot, new_name)
+
+    async def set_current(self, name: str, snapshot: str) -> None:
+        await self._editing.set_current(name, snapshot)
 
     def subscribe(self) -> AbstractContextManager[trio.MemoryReceiveChannel[Event]]:
         return self._events.subscribe()

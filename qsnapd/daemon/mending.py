@@ -13,16 +13,26 @@ from qsnapd.errors import QsnapError
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.plan import JournalEntry, RevertPlan
+from qsnapd.snapshot.delete import Deletion, Others
+from qsnapd.snapshot.delete_recovery import recover_deletion
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.recovery import recover, recover_without_qemu, unfinished_revert
+from qsnapd.snapshot.recovery import (
+    recover,
+    recover_without_qemu,
+    rescue_left,
+    unfinished_revert,
+)
 from qsnapd.snapshot.start import Seat
 from qsnapd.snapshot.switch import Left, Switch
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.proc import find_launched
 from qsnapd.vm.process import still_runs
+from qsnapd.vm.provisions import Provisions
 
 MEND_FIRST_S = 0.5
 MEND_LONGEST_S = 30.0
+ATTACH_LIMIT_S = 10.0
+"""How long a deletion that goes on waits for its VM to be attached."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +41,12 @@ class Mended(Seat, Protocol):
     """The VM's supervisor, as far as mending needs it."""
 
     problem: str | None
+    others: Others
+    provisions: Provisions
 
     def claim(self, job: Job) -> None: ...
     def let_go(self) -> None: ...
+    async def wait_settled(self) -> None: ...
     def note_problem(self, exc: QsnapError) -> None: ...
 
 
@@ -48,15 +61,41 @@ class Mender:
         self._qemu_img = qemu_img
         self._mending = trio.Lock()
         self._reverts, self._to_go_on = trio.open_memory_channel[JournalEntry](1)
+        self._deletions, self._to_delete = trio.open_memory_channel[str](1)
 
-    async def mend(self, vm: AttachedVm) -> None:
-        """Finish or undo what was left unfinished, if anything was, with QEMU attached."""
+    async def mend_attached(self, vm: AttachedVm) -> None:
+        """The same as `mend`, for a VM that has just been attached; and go on deleting."""
+        self._delete_again(await self.mend(vm))
+
+    async def mend(self, vm: AttachedVm) -> str | None:
+        """Finish or undo what was left unfinished, if anything was, with QEMU attached.
+
+        Returns the name of the snapshot whose deletion was broken off, if one was.
+        """
         async with self._mending:
             done = await recover(
-                vm, self._vm.store, qemu_img=self._qemu_img, launcher=self._vm.launcher
+                *(vm, self._vm.store),
+                qemu_img=self._qemu_img,
+                launcher=self._vm.launcher,
+                agent=self._vm.provisions.agent,
             )
-        if done:
-            self._tell(done)
+            deleted, again = await recover_deletion(self._vm, vm, qemu_img=self._qemu_img)
+        if deleted:
+            await self._vm.launcher.follow(vm)
+        for words in filter(None, (done, deleted)):
+            self._tell(words)
+        return again
+
+    async def rescue(self) -> None:
+        """Free the guest that a former daemon's save has left frozen; past the monitor.
+
+        Preconditions: no job changes the VM.
+        """
+        try:
+            if done := await rescue_left(self._vm.store):
+                self._tell(done)
+        except QsnapError as exc:
+            self._vm.note_problem(exc)
 
     async def mend_before_job(self) -> None:
         """The same for a job that is about to begin, with QEMU attached or gone."""
@@ -82,30 +121,68 @@ class Mender:
     async def _journal_stands(self) -> bool:
         store = self._vm.store
         return any(
-            [await trio.to_thread.run_sync(j.read) for j in (store.journal, store.restoring)]
+            [
+                await trio.to_thread.run_sync(j.read)
+                for j in (store.journal, store.restoring, store.deletion)
+            ]
         )
 
     async def mend_offline(self) -> None:
-        """Nobody answers there; a journal may still tell of a QEMU that has ended."""
+        """Nobody answers there; a journal may tell of a QEMU that has ended, or is frozen."""
+        await self.rescue()
         try:
-            await self._mend_offline()
+            self._delete_again(await self._mend_offline())
         except QsnapError as exc:
             self._vm.note_problem(exc)
 
-    async def _mend_offline(self) -> None:
+    async def _mend_offline(self) -> str | None:
         store = self._vm.store
         async with self._mending:
             for journal in (store.journal, store.restoring):
                 entry = await trio.to_thread.run_sync(journal.read)
                 if entry is not None and still_runs(entry.pid, entry.start_time_ticks):
-                    return
+                    return None
+            deletion = await trio.to_thread.run_sync(store.deletion.read)
+            if deletion is not None and still_runs(deletion.pid, deletion.start_time_ticks):
+                return None
+            deleted, again = await recover_deletion(self._vm, None, qemu_img=self._qemu_img)
             done = await recover_without_qemu(store, qemu_img=self._qemu_img)
             entry = await unfinished_revert(store)
-        if done:
-            self._tell(done)
+        for words in filter(None, (done, deleted)):
+            self._tell(words)
         if entry is not None and not await self._is_coming_up(entry):
             with suppress(trio.WouldBlock):  # it is going on already
                 self._reverts.send_nowait(entry)
+        return again
+
+    def _delete_again(self, snapshot: str | None) -> None:
+        if snapshot is not None:
+            with suppress(trio.WouldBlock):
+                self._deletions.send_nowait(snapshot)
+
+    async def go_on_deleting(self) -> None:
+        """Begin deletions again that a daemon did not finish; never returns."""
+        async for name in self._to_delete:
+            if name not in self._vm.store.snapshots():
+                continue
+            job = Job(0, self._vm.name, JobKind.DELETE, name, lambda job: None)
+            try:
+                self._vm.claim(job)
+            except QsnapError:
+                continue  # it stays listed as being deleted, and can be deleted again
+            try:
+                with trio.move_on_after(ATTACH_LIMIT_S):
+                    await self._vm.wait_settled()
+                deletion = Deletion(self._vm, job, self._vm.others, qemu_img=self._qemu_img)
+                await job.run(partial(deletion.run, name))
+                if self._vm.attached is not None:
+                    await self._vm.launcher.follow(self._vm.attached)
+            finally:
+                self._vm.let_go()
+            if job.error is None:
+                self._tell(f"deleted snapshot {name}, which a former daemon had begun to")
+            else:
+                self._vm.note_problem(job.error)
 
     async def _is_coming_up(self, entry: JournalEntry) -> bool:
         """Whether a QEMU that the revert has started is there, though it does not answer yet."""

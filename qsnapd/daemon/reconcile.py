@@ -11,16 +11,20 @@ import trio
 from qsnapd.config import Config
 from qsnapd.daemon.remembered import recall
 from qsnapd.errors import QsnapError
-from qsnapd.model.plan import CheckpointPlan, RevertPlan
+from qsnapd.model.plan import CheckpointPlan, JournalEntry, RevertPlan
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
-from qsnapd.snapshot.recovery import resume_reverted
+from qsnapd.snapshot.create import is_committed
+from qsnapd.snapshot.delete_recovery import release_guest
+from qsnapd.snapshot.recovery import rescue_left, resume_reverted
 from qsnapd.snapshot.revert import is_same
+from qsnapd.snapshot.thaw import thaw_owed
 from qsnapd.snapshot.undo import give_back_run_state, settle_migration
 from qsnapd.store.layout import Store
+from qsnapd.store.owed_thaw import read_owed_thaw
 from qsnapd.store.registry import read_registration
 from qsnapd.store.snapshots import VmStore
-from qsnapd.vm.attached import attach
+from qsnapd.vm.attached import AttachedVm, attach
 from qsnapd.vm.tracker import Tracker
 
 VM_LIMIT_S = 60.0
@@ -58,21 +62,45 @@ def _monitor(config: Config, store: VmStore) -> Path | None:
 async def _resume(name: str, qmp: Path, store: VmStore) -> None:
     checkpoint = await trio.to_thread.run_sync(store.journal.read)
     revert = await trio.to_thread.run_sync(store.restoring.read)
-    if checkpoint is None and revert is None:
+    owed = await trio.to_thread.run_sync(read_owed_thaw, store)
+    deletion = await trio.to_thread.run_sync(store.deletion.read)
+    if checkpoint is None and revert is None and owed is None and deletion is None:
         return
+    if done := await rescue_left(store):  # before anything is asked: it would not answer
+        _log.warning("VM %s: %s", name, done)
     async with open_bridge(qmp, name=name) as (bridge, sock):
         tracker = Tracker(lambda old, new: None)
         vm = await attach(name, bridge, sock, tracker)
         status = await vm.session.execute(QueryStatus())
         tracker.on_attached(status.status, recall(store, vm.identity))
-        if status.running:
-            return
-        if checkpoint is not None and is_same(vm, checkpoint):
-            plan = checkpoint.plan
-            assert isinstance(plan, CheckpointPlan)
-            if plan.name not in store.snapshots():
-                await settle_migration(vm.session, plan)
-            await give_back_run_state(vm, plan)
-        if revert is not None and isinstance(revert.plan, RevertPlan):
-            await resume_reverted(vm, revert, store)
-        _log.warning("VM %s: an unfinished job holds its guest no more", name)
+        if not status.running and (checkpoint is not None or revert is not None):
+            await _resume_guest(name, vm, store, checkpoint, revert)
+        elif checkpoint is not None and _may_freeze(checkpoint):
+            await _resume_guest(name, vm, store, checkpoint, None)
+        await release_guest(vm, store)
+        done = await thaw_owed(vm, store, None)
+        if done is not None:
+            _log.warning("VM %s: %s", name, done)
+
+
+def _may_freeze(checkpoint: JournalEntry) -> bool:
+    """Whether the guest may stand still though QEMU says that it runs."""
+    return isinstance(checkpoint.plan, CheckpointPlan) and checkpoint.plan.drained
+
+
+async def _resume_guest(
+    name: str,
+    vm: AttachedVm,
+    store: VmStore,
+    checkpoint: JournalEntry | None,
+    revert: JournalEntry | None,
+) -> None:
+    if checkpoint is not None and is_same(vm, checkpoint):
+        plan = checkpoint.plan
+        assert isinstance(plan, CheckpointPlan)
+        if not is_committed(plan, store):
+            await settle_migration(vm, plan)
+        await give_back_run_state(vm, plan)
+    if revert is not None and isinstance(revert.plan, RevertPlan):
+        await resume_reverted(vm, revert, store)
+    _log.warning("VM %s: an unfinished job holds its guest no more", name)

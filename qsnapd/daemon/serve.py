@@ -13,7 +13,7 @@ from functools import partial
 
 import trio
 
-from qsnapd.config import Config
+from qsnapd.config import Config, VmConfig
 from qsnapd.control.authorization import Access
 from qsnapd.control.listening import open_listener
 from qsnapd.control.server import Server
@@ -21,8 +21,10 @@ from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.host import LocalHost
 from qsnapd.daemon.launchers import launcher_for, launcher_for_clone
+from qsnapd.qmp.agent import GuestAgent
 from qsnapd.store.layout import Store
 from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.provisions import Provisions
 from qsnapd.vm.spawn import Spawn
 
 DRAIN_LIMIT_S = 20.0
@@ -50,8 +52,12 @@ async def serve(config: Config) -> None:
                 clone_launcher=partial(_clone_launcher, config),
             )
             for name, vm in config.vm.items():
-                launcher = launcher_for(name, config)
-                fleet.add(name, vm.qmp, launcher, instead=vm.instead, configured=True)
+                fleet.add(
+                    *(name, vm.qmp, launcher_for(name, config)),
+                    instead=vm.instead,
+                    provisions=_provisions(vm),
+                    configured=True,
+                )
             await fleet.open_clones()
             async with trio.open_nursery() as talking:
                 async with trio.open_nursery() as jobs:
@@ -60,6 +66,15 @@ async def serve(config: Config) -> None:
                     jobs.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
                 talking.cancel_scope.deadline = trio.current_time() + LAST_WORDS_LIMIT_S
             watching.cancel_scope.cancel()
+
+
+def _provisions(vm: VmConfig) -> Provisions:
+    return Provisions(
+        agent=GuestAgent(vm.agent) if vm.agent is not None else None,
+        freeze_limit_s=vm.freeze_limit_s,
+        hook=vm.hook or (),
+        hold_limit_s=vm.hold_limit_s,
+    )
 
 
 def _clone_launcher(config: Config, source: str, clone: str) -> Launcher:

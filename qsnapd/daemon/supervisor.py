@@ -15,20 +15,25 @@ import trio
 
 from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.remembered import recall, remember
+from qsnapd.daemon.thawing import Thawer
 from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
-from qsnapd.model.state import Condition
+from qsnapd.model.state import Condition, State
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.snapshot import export, imported
+from qsnapd.snapshot.delete import Others
+from qsnapd.snapshot.former_names import note_disks
 from qsnapd.snapshot.job import Job
+from qsnapd.store.renaming import finish_renaming
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm, attach
 from qsnapd.vm.condition import lifecycle_event
 from qsnapd.vm.launch import Parent
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.process import wait_gone
+from qsnapd.vm.provisions import NO_PROVISIONS, Provisions
 from qsnapd.vm.tracker import Tracker
 
 RETRY_FIRST_S = 0.1
@@ -60,12 +65,17 @@ class Supervisor:
         qemu_img: str,
         launcher: Launcher,
         instead: Mapping[str, str] = NOTHING,
+        provisions: Provisions = NO_PROVISIONS,
+        others: Others = tuple,
     ) -> None:
         self.name = name
         self.qmp = qmp
         self.store = store
         self.launcher = launcher
         self.parent = Parent(launcher.inherits_descriptors, instead)
+        self.provisions = provisions
+        self.others = others
+        """Returns what is stored of all other VMs. Blocks."""
         self.tracker = Tracker(self._condition_changed)
         self.attached: AttachedVm | None = None
         self.problem: str | None = "not connected yet"
@@ -74,8 +84,9 @@ class Supervisor:
         self.starting: Condition | None = None
         """What the next QEMU that attaches stands still for, if a job is starting it."""
         self.mender = Mender(self, publish, qemu_img=qemu_img)
+        self.thawer = Thawer(self, publish)
         self._publish = publish
-        self._made_at_s = time.time() - FILE_CLOCK_LAG_S
+        self.made_at_s = time.time() - FILE_CLOCK_LAG_S
         self._uuid: str | None = None
         self._changed = trio.Event()
         self._hurry = trio.Event()
@@ -85,9 +96,12 @@ class Supervisor:
     async def run(self) -> None:
         """Keep the VM attached whenever its QEMU answers; never returns."""
         await trio.to_thread.run_sync(self._look_through_store)
+        await self.mender.rescue()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_condition)
             nursery.start_soon(self.mender.go_on_reverting)
+            nursery.start_soon(self.mender.go_on_deleting)
+            nursery.start_soon(self.thawer.run)
             nursery.start_soon(self._do_chores)
             delay_s = RETRY_FIRST_S
             while True:
@@ -103,8 +117,10 @@ class Supervisor:
         try:
             for problem in self.store.problems().values():
                 _log.error("VM %s: a snapshot is not listed: %s", self.name, problem)
-            imported.remove_leftovers(self.store, self._made_at_s)
-            export.remove_leftovers(self.store, self._made_at_s)
+            if done := finish_renaming(self.store):  # before what imports left: it may look so
+                _log.warning("VM %s: %s", self.name, done)
+            imported.remove_leftovers(self.store, self.made_at_s)
+            export.remove_leftovers(self.store, self.made_at_s)
         except StoreError as exc:
             _log.warning("VM %s: %s", self.name, exc)
 
@@ -136,15 +152,17 @@ class Supervisor:
         self.tracker.on_attached(status, self._remembered(vm))
         if self.job is None:
             self.problem = "an unfinished job of a former daemon is being finished or undone"
-            await self.mender.mend(vm)
+            await self.mender.mend_attached(vm)
             await self._forget_other_starts()
         await self.launcher.follow(vm)
+        await note_disks(vm, self.store)
         _log.info("VM %s: attached to QEMU %s, pid %d", self.name, vm.version.text, vm.identity.pid)
         if self._uuid not in (None, vm.uuid):
             _log.warning("VM %s: another VM answers now: UUID %s", self.name, vm.uuid)
         self._uuid = vm.uuid
         self.problem = None
         self.attached = vm
+        self.thawer.look()
         self._unsaved.set()
         self._announce()
 
@@ -176,6 +194,8 @@ class Supervisor:
 
     def _condition_changed(self, old: Condition, new: Condition) -> None:
         self._unsaved.set()
+        if new.state is State.RUNNING:
+            self.thawer.look()  # while it stood still it could not be thawed
         texts = lifecycle_event(old, new)
         if texts is not None:
             event, detail = texts
@@ -228,6 +248,7 @@ class Supervisor:
     def let_go(self) -> None:
         """The job has ended."""
         self.last_job, self.job = self.job, None
+        self.thawer.look()
 
     def require_attached(self) -> AttachedVm:
         """The VM as it is attached now. Raises: WrongState: it is not, and why."""
@@ -269,6 +290,11 @@ class Supervisor:
             self._hurry = trio.Event()
             await self._changed.wait()
         return self.attached
+
+    async def wait_settled(self) -> None:
+        """Wait until a QEMU is attached, or none can be."""
+        while self.attached is None and self.tracker.condition.state is not State.SHUTOFF:
+            await self._changed.wait()
 
     async def wait_detached(self) -> None:
         """Wait until none is."""

@@ -16,6 +16,9 @@ _HEAD = struct.Struct(">4sIQIIQI")
 """Magic, version, where the backing name is and its length, cluster bits, size, encryption."""
 _FEATURES = struct.Struct(">Q")
 _FEATURES_OFFSET_BYTES = 72
+_L1 = struct.Struct(">IQ")
+_L1_OFFSET_BYTES = 36
+"""How many entries the table of tables has, and where it is."""
 _LENGTH = struct.Struct(">I")
 _LENGTH_OFFSET_BYTES = 100
 _LONGEST_NAME_BYTES = 1023
@@ -73,6 +76,20 @@ def read_header(fd: int) -> Header:
         is_corrupt=bool(features & _CORRUPT),
         has_data_file=bool(features & _DATA_FILE) or _DATA_FILE_NAME in extensions,
     )
+
+
+def is_blank(fd: int) -> bool:
+    """Whether an image holds nothing itself: all that a guest would read is in those below it.
+
+    Blocks. Raises: ImageInvalid, OSError.
+    """
+    if read_header(fd).has_data_file:
+        return False
+    entries, offset = _L1.unpack(os.pread(fd, _L1.size, _L1_OFFSET_BYTES))
+    if entries > _LIMIT_BYTES or offset >= 1 << 56:
+        return False  # a disk of terabytes, or nonsense
+    table = os.pread(fd, 8 * entries, offset)
+    return len(table) == 8 * entries and not any(table)
 
 
 def _name(fd: int, offset: int, length: int) -> str:

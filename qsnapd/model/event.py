@@ -19,8 +19,9 @@ class Event(Frozen):
     """One thing that happened to a VM.
 
     `event` and `detail` of kind lifecycle are virsh's texts, e.g. "Suspended" and
-    "Paused"; of kind snapshot the event is "created", "failed", "reverted", "imported" or
-    "recovered" and the detail a sentence; of kind job the event is the job's phase.
+    "Paused"; of kind snapshot the event is "created", "failed", "reverted", "cloned", "imported",
+    "recovered", "deleted" or "redefined" and the detail a sentence; of kind job the event is
+    the job's phase.
     """
 
     kind: EventKind

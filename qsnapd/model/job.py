@@ -13,6 +13,11 @@ class JobKind(StrEnum):
     REVERT = "revert"
     CLONE = "clone"
     START = "start"
+    DELETE = "delete"
+    REPAIR = "repair"
+    """Putting the store right, or taking in snapshots whose files are there."""
+    EDIT = "edit"
+    """Changing what is kept of a snapshot: its name, description or place in the tree."""
 
 
 class Phase(StrEnum):
@@ -20,12 +25,18 @@ class Phase(StrEnum):
 
     PREPARING = "preparing"
     """Checks, files, overlays: the guest runs and knows nothing."""
+    FREEZING = "freezing"
+    """The guest agent is asked to freeze the file systems."""
     SAVING = "saving"
     """Memory is being saved, the guest running or held."""
+    HOLDING = "holding"
+    """The guest stands still for the storage's own snapshot of its manual disks."""
     FINISHING = "finishing"
     """Syncing, sealing, verifying, hashing: the guest runs."""
     STARTING = "starting"
     """Revert, clone: QEMU is being started and loads its memory."""
+    MERGING = "merging"
+    """Delete: what was written later goes into the older image."""
     UNDOING = "undoing"
     """Failed or cancelled: everything goes back to what it was."""
     DONE = "done"

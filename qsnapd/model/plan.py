@@ -6,6 +6,7 @@ asks QEMU and the file system which of these things exist.
 """
 
 import shlex
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field, NonNegativeInt, PositiveInt
@@ -13,7 +14,14 @@ from pydantic import AwareDatetime, Field, NonNegativeInt, PositiveInt
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
 from qsnapd.model.request import OnLimit
-from qsnapd.model.snapshot import AbsolutePath, FileIdentity, ImageFormat, Strategy
+from qsnapd.model.snapshot import (
+    AbsolutePath,
+    Consistency,
+    DiskLayer,
+    FileIdentity,
+    ImageFormat,
+    Strategy,
+)
 
 
 class BitmapPlan(Frozen):
@@ -21,6 +29,19 @@ class BitmapPlan(Frozen):
 
     name: str
     granularity_bytes: PositiveInt
+
+
+class Place(StrEnum):
+    """What there is, before the job, where an overlay goes."""
+
+    NEW = "new"
+    """Nothing: the file is made, and removed if the job is undone."""
+    EMPTY = "empty"
+    """Somebody's empty file: it is filled, and emptied again."""
+    DEVICE = "device"
+    """A block device: it is written over, what it held is lost."""
+    READY = "ready"
+    """The overlay itself, made by the caller: it is neither changed nor ever removed."""
 
 
 class OverlayPlan(Frozen):
@@ -35,6 +56,9 @@ class OverlayPlan(Frozen):
     virtual_size_bytes: NonNegativeInt
     cluster_size_bytes: PositiveInt | None = None
     extended_l2: bool = False
+    place: Place = Place.NEW
+    on_device: bool = False
+    """It is or is to be on a block device."""
 
 
 class PivotPlan(Frozen):
@@ -74,8 +98,9 @@ class CheckpointPlan(Frozen):
     description: str
     labels: dict[str, str]
     requested_at: AwareDatetime
-    strategy: Strategy
-    image_format: ImageFormat
+    strategy: Strategy | None
+    """None: disk-only."""
+    image_format: ImageFormat | None
     was_running: bool
     holds: bool = False
     """The guest is not resumed afterwards: its QEMU is about to be ended."""
@@ -86,8 +111,9 @@ class CheckpointPlan(Frozen):
     capabilities_before: dict[str, bool]
     parameters: dict[str, Any]
     parameters_before: dict[str, Any]
-    memory_file: AbsolutePath
-    memory_partial: AbsolutePath
+    memory_file: AbsolutePath | None
+    """None: disk-only."""
+    memory_partial: AbsolutePath | None
     memory_fdset_id: NonNegativeInt | None
     """None: this QEMU cannot migrate to `file:`, it gets a named descriptor."""
     drained: bool
@@ -102,6 +128,34 @@ class CheckpointPlan(Frozen):
     on_limit: OnLimit
     hash_memory: bool
     pivots: tuple[PivotPlan, ...]
+    left_out: tuple[DiskLayer, ...] = ()
+    """Writable disks that stay on the image they are on; their `overlay` is None."""
+    consistency: Consistency = Consistency.MEMORY
+    """What it will be if all goes as planned."""
+    keeps_metadata: bool = True
+    committed: bool = False
+    """Without metadata it is this, once written, that makes everything final."""
+    halts: bool = False
+    """QEMU is ended after the commit."""
+    agent: AbsolutePath | None = None
+    """The guest agent that freezes the file systems, and may have done so."""
+    freeze_limit_s: float = 0.0
+    manual: tuple[str, ...] = ()
+    """Disks, left out too, that the storage takes a snapshot of while the guest is held."""
+    hook: tuple[str, ...] = ()
+    """Program and arguments that have it taken; empty: a person does, and resumes the guest."""
+    hold_limit_s: float = 0.0
+    notes: tuple[str, ...] = ()
+    """What whoever asked should know of it."""
+
+    @property
+    def disk_only(self) -> bool:
+        return self.strategy is None
+
+    @property
+    def stops_guest(self) -> bool:
+        """Whether the guest may stand still because of this job."""
+        return not self.disk_only or bool(self.manual)
 
 
 class Launch(Frozen):
@@ -199,3 +253,5 @@ class JournalEntry(Frozen):
     start_time_ticks: NonNegativeInt
     made: tuple[FileIdentity, ...] = ()
     """Files that the job has created, known once they exist; none is removed without this."""
+    given: tuple[FileIdentity, ...] = ()
+    """Files of others that were meant for its overlays, known before they are written to."""

@@ -24,13 +24,16 @@ class DiskRequest(Frozen):
 
     target: str = Field(min_length=1)
     """The disk's target ("vda"), node name, device id, or the path of its image."""
-    snapshot: Literal["external", "no"] = "external"
+    snapshot: Literal["external", "no", "manual"] = "external"
+    """MANUAL: the storage takes its own snapshot of it, while the guest is held for that."""
     file: AbsolutePath | None = None
     """Where the overlay goes; by default beside the image it covers."""
+    target_type: Literal["file", "block"] = "file"
+    """What `file` is. An overlay on a block device takes over whatever that held."""
 
 
 class CreateRequest(Frozen):
-    """Take a checkpoint. Everything has a default that suits most."""
+    """Take a snapshot: a checkpoint, unless `disk_only`. Everything has a default."""
 
     name: SnapshotName | None = None
     """By default the time in UTC."""
@@ -48,6 +51,38 @@ class CreateRequest(Frozen):
     precopy_limit_bytes: PositiveInt | None = None
     """By default four times the guest's RAM."""
     on_limit: OnLimit = OnLimit.STOP
+    disk_only: bool = False
+    """Leave the memory out: the guest is not paused, its disks are those of a sudden power-off."""
+    quiesce: bool = False
+    """Disk-only: have the guest agent freeze the file systems meanwhile."""
+    reuse_overlays: bool = False
+    """The overlays' files exist already, made by the caller, each over the image it is to cover."""
+    keep_metadata: bool = True
+    """False: the disks move and the memory is saved, but no snapshot of it is listed."""
+    halt: bool = False
+    """End the VM's QEMU after success; the guest is not shut down first."""
+    hold_limit_s: PositiveFloat | None = None
+    """How long the guest may be held for manual disks; by default what the configuration says."""
+
+
+class Descendants(StrEnum):
+    """Which snapshots a deletion means."""
+
+    NONE = "none"
+    """The named one alone."""
+    TOO = "too"
+    """The named one and all that come from it."""
+    ONLY = "only"
+    """All that come from the named one; it stays."""
+
+
+class DeleteRequest(Frozen):
+    """Delete snapshots; what was written after them stays what the VM sees."""
+
+    name: SnapshotName
+    descendants: Descendants = Descendants.NONE
+    metadata_only: bool = False
+    """Forget them, and leave every file where it is."""
 
 
 class Memory(StrEnum):

@@ -12,10 +12,11 @@ from pydantic import AwareDatetime, Field, NonNegativeFloat, NonNegativeInt
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 """The newest format this version reads and the one it writes.
 
 1: as 2, without `memory.holes_are_zero`, `disks[].known_as` and `machine.cpu_features`.
+2: as 3, without `consistency`, `left_out`, `manual_disks`, `deleting` and `memory.file`.
 """
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -41,6 +42,19 @@ class ImageFormat(StrEnum):
     MAPPED_RAM = "mapped-ram"
 
 
+class Consistency(StrEnum):
+    """Why the disks of a snapshot make sense together."""
+
+    MEMORY = "memory"
+    """The memory of the same instant is there: what was not yet written is in it."""
+    AGENT = "agent"
+    """The guest's file systems were frozen."""
+    PAUSED = "paused"
+    """The guest stood still, which quiesces nothing but stops it from writing."""
+    CRASH = "crash"
+    """They are what a sudden power-off would have left."""
+
+
 class FileIdentity(Frozen):
     """One file, recognised again under whatever name."""
 
@@ -58,6 +72,8 @@ class MemoryImage(Frozen):
     sha256: Sha256 | None = None
     holes_are_zero: bool = False
     """mapped-ram: every page that is not in a bitmap reads as zeros, so RAM can be mapped."""
+    file: FileIdentity | None = None
+    """By which it is recognised before it is removed; None in format 1 and 2."""
 
 
 class DiskLayer(Frozen):
@@ -129,14 +145,14 @@ class PauseParts(Frozen):
 class Manifest(Frozen):
     """One snapshot, as stored in `snapshot.json`."""
 
-    format: Literal[1, 2] = 2
+    format: Literal[1, 2, 3] = 3
     name: SnapshotName
     vm: VmName
     parent: SnapshotName | None = None
     description: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     created_at: AwareDatetime
-    """The instant the snapshot shows: when the guest stopped, or when it was asked for."""
+    """The instant the snapshot shows: when the guest stopped, or its disks moved."""
     state: Literal["running", "paused"]
     """What the guest was doing, and does again after a restore."""
     reason: str
@@ -154,6 +170,18 @@ class Manifest(Frozen):
     qemu_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+", max_length=100)]
     qemu_package: str = ""
     machine: Machine
+    consistency: Consistency | None = None
+    """None: not recorded, by an older qsnapd."""
+    left_out: tuple[DiskLayer, ...] = ()
+    """Writable disks that are not part of it, and the image that each was on and stayed on."""
+    manual_disks: tuple[str, ...] = ()
+    """Targets of those among them that were left to their storage's own snapshot."""
+    deleting: bool = False
+    """Its images are being merged, or were when that was broken off: it cannot be restored."""
+
+    @property
+    def is_disk_only(self) -> bool:
+        return self.strategy is None
 
     @property
     def is_mappable(self) -> bool:

@@ -4,6 +4,7 @@ An exported snapshot is a folder, or a tar stream, of plain files beside `export
 leans on nothing else: disks are whole, or have their whole chain beside them.
 """
 
+from enum import StrEnum
 from typing import Annotated, Literal, Self
 
 from pydantic import AwareDatetime, Field, NonNegativeInt, model_validator
@@ -103,6 +104,37 @@ class ImportRequest(Frozen):
     disk_directory: AbsolutePath | None = None
     """Where a folder with the disks' images is made, which belongs to whom this one does; by
     default they lie with the snapshot, where only root and the daemon's user can use them."""
+
+
+class ScanOutcome(StrEnum):
+    """What has become of a snapshot that was found."""
+
+    IMPORTED = "imported"
+    PRESENT = "present"
+    """It is the VM's already."""
+    REFUSED = "refused"
+    """It is not whole, not this VM's, or not understood; `detail` says which."""
+
+
+class Scanned(Frozen):
+    """One description of a snapshot that was found in a folder."""
+
+    path: str
+    name: SnapshotName | None
+    """None: it is not understood."""
+    outcome: ScanOutcome
+    detail: str = ""
+    """A sentence for people."""
+    notes: tuple[str, ...] = ()
+    """What was taken on trust."""
+
+
+class ScanResult(Frozen):
+    """All that was found."""
+
+    found: tuple[Scanned, ...]
+    current: SnapshotName | None = None
+    """The snapshot that has become the current one, if there was none."""
 
 
 class TransferProgress(Frozen):

@@ -1,5 +1,7 @@
 """A VM as a client sees it."""
 
+from typing import Literal
+
 from pydantic import NonNegativeInt
 
 from qsnapd.model.base import Frozen
@@ -18,7 +20,7 @@ class VmInfo(Frozen):
     reason_number: NonNegativeInt
     connected: bool
     problem: str | None = None
-    """Why the daemon does not talk to this VM's QEMU, if it does not."""
+    """Why the daemon does not talk to this VM's QEMU, or what else is not in order."""
     qmp: str
     pid: NonNegativeInt | None = None
     uuid: str | None = None
@@ -30,14 +32,24 @@ class VmInfo(Frozen):
     current_snapshot: SnapshotName | None = None
 
 
+DeviceKind = Literal["disk", "cdrom", "floppy"]
+
+
 class DiskInfo(Frozen):
     """One disk of a running VM."""
 
+    type: Literal["file", "block"] = "file"
+    """What the newest image lies in."""
+    device: DeviceKind = "disk"
     target: str
     node: str
     format: str
     path: str | None
     virtual_size_bytes: NonNegativeInt
+    size_bytes: NonNegativeInt | None = None
+    """Of the newest image's file, holes included; null if that is none."""
+    allocated_bytes: NonNegativeInt | None = None
+    """How much of that there is."""
     chain_depth: NonNegativeInt
     left_out: str | None = None
     """Why a snapshot leaves this disk out ("read-only", "removable", ...), if it does."""

@@ -2,9 +2,20 @@
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qsnapd.qmp.commands import Command, QapiStruct
+
+
+def _from_the_lowest_up(struct: type[QapiStruct], below: str, value: object) -> object:
+    """Parse what is nested in itself; pydantic alone goes no deeper than 255."""
+    nested: list[dict[str, object]] = []
+    while isinstance(value, dict):
+        nested.append(value)
+        value = value.get(below)
+    for each in reversed(nested):
+        value = struct.model_validate({**each, below: value})
+    return value
 
 
 class ImageInfo(QapiStruct):
@@ -17,6 +28,11 @@ class ImageInfo(QapiStruct):
     cluster_size_bytes: int | None = Field(alias="cluster-size", default=None)
     backing_image: "ImageInfo | None" = None
     format_specific: dict[str, Any] | None = None
+
+    @field_validator("backing_image", mode="before")
+    @classmethod
+    def _however_deep(cls, value: object) -> object:
+        return _from_the_lowest_up(cls, "backing-image", value)
 
 
 class CacheInfo(QapiStruct):
@@ -66,7 +82,10 @@ class BlockInfo(QapiStruct):
 
 
 class QueryBlock(Command[list[BlockInfo]]):
+    """Takes time squared in the depth of chains; cubed, where files were handed over."""
+
     name = "query-block"
+    timeout_s = 60.0
     reply = list[BlockInfo]
 
 
@@ -74,6 +93,7 @@ class QueryNamedBlockNodes(Command[list[NodeInfo]]):
     """Without the nested backing images, which cost time squared in the chain's depth."""
 
     name = "query-named-block-nodes"
+    timeout_s = 60.0
     reply = list[NodeInfo]
     flat: bool = True
 
@@ -85,6 +105,8 @@ class JobInfo(QapiStruct):
     type: str
     status: str
     error: str | None = None
+    done_bytes: int = Field(alias="current-progress", default=0)
+    total_bytes: int = Field(alias="total-progress", default=0)
 
 
 class QueryJobs(Command[list[JobInfo]]):
@@ -123,18 +145,86 @@ class Transaction(Command[None]):
 
 
 class BlockCommit(Command[None]):
-    """block-commit of an active layer: becomes ready, then wants `job-complete`."""
+    """block-commit; of an active layer it becomes ready, then wants `job-complete`."""
 
     name = "block-commit"
+    timeout_s = 60.0
     job_id: str
     device: str
+    """The node that is written to."""
     base_node: str
+    top_node: str | None = None
+    """By default the active layer."""
+    backing_file: str | None = None
+    """What the image over the top is to call the one below it; not for the active layer."""
     auto_dismiss: bool = False
     auto_finalize: bool = True
 
 
+class BlockStream(Command[None]):
+    """block-stream: fills a node with what lies between it and the base."""
+
+    name = "block-stream"
+    timeout_s = 60.0
+    job_id: str
+    device: str
+    base_node: str | None = None
+    """None: with all that lies below."""
+    backing_file: str | None = None
+    auto_dismiss: bool = False
+    auto_finalize: bool = True
+
+
+class JobFinalize(Command[None]):
+    name = "job-finalize"
+    timeout_s = 60.0
+    id: str
+
+
+class JobCancel(Command[None]):
+    name = "job-cancel"
+    timeout_s = 60.0
+    id: str
+
+
+class FlushNode(Command[str]):
+    """QMP has no command for it; the one of the human monitor answers nothing if it is done."""
+
+    name = "human-monitor-command"
+    reply = str
+    timeout_s = 120.0
+    node: str
+
+    def arguments(self) -> dict[str, object]:
+        return {"command-line": f'qemu-io "{self.node}" flush'}
+
+
+class NodeStats(QapiStruct):
+    """BlockStats, for its node names: one node and, nested, those below it."""
+
+    node_name: str | None = None
+    qdev: str | None = None
+    device: str = ""
+    parent: "NodeStats | None" = None
+    """The node below, as QEMU calls it: that of the file."""
+    backing: "NodeStats | None" = None
+
+    @field_validator("backing", mode="before")
+    @classmethod
+    def _however_deep(cls, value: object) -> object:
+        return _from_the_lowest_up(cls, "backing", value)
+
+
+class QueryNodeStats(Command[list[NodeStats]]):
+    """Each device's chain by names of nodes; quick however deep the chains are."""
+
+    name = "query-blockstats"
+    reply = list[NodeStats]
+
+
 class JobComplete(Command[None]):
     name = "job-complete"
+    timeout_s = 60.0
     id: str
 
 

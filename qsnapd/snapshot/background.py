@@ -9,12 +9,15 @@ from qsnapd.qmp.migration import QueryMigrate
 from qsnapd.qmp.session import QmpSession
 from qsnapd.qmp.transport import QmpEvent
 from qsnapd.snapshot.capture import Capture, Stopwatch
+from qsnapd.snapshot.hold import hold_for_storage
 from qsnapd.snapshot.saving import require_alive, wait_saved
 
 SETUP_LOOK_EVERY_S = 0.1
 """Backstop between looks at a migration whose next event has not come."""
 FIRST_PAGE_LIMIT_S = 10.0
 """The guest stands still until then; QEMU goes through 200 GiB and more in this time."""
+ANSWER_LIMIT_S = 5.0
+"""QEMU < 10.0 is silent for ever when its save fails while a virtual CPU has its lock."""
 
 
 async def capture_background(capture: Capture) -> None:
@@ -31,6 +34,7 @@ async def capture_background(capture: Capture) -> None:
     with vm.tracker.holding() as capture.window:
         await capture.halt()
         await capture.pivot()
+        await hold_for_storage(capture)
         watch = Stopwatch()
         with session.watch("MIGRATION") as events:
             await capture.begin_saving()
@@ -48,7 +52,12 @@ async def capture_background(capture: Capture) -> None:
         else:
             # QEMU <= 8.2 has started the guest itself, right after protecting its memory.
             await capture.release()
-    capture.watch(await wait_saved(session, "completed", watcher=capture.watch))
+    limit_s = QueryMigrate.timeout_s if vm.at_least_10 else ANSWER_LIMIT_S
+    capture.watch(
+        await wait_saved(
+            session, "completed", watcher=capture.watch, answer_limit_s=limit_s
+        )
+    )
 
 
 async def _wait_captured(

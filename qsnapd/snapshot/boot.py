@@ -10,12 +10,14 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.snapshot.start import Seat, start
 from qsnapd.snapshot.switch import hold_lease
+from qsnapd.vm.attached import AttachedVm
 
 
 async def boot(seat: Seat, job: Job) -> Manifest:
     """Start the VM on the overlays that the revert has made for it.
 
-    On success: it runs; the plan is used up. Returns the snapshot it goes on from.
+    On success: it runs; the plan is used up. Returns the snapshot it goes on from, or what is
+      still known of it if it was deleted meanwhile.
     On failure: it is shut off as before, and the plan stands.
     Raises: WrongState: it runs, or no revert has left such a plan. VmError.
       StoreError: it runs, and that could not be written down.
@@ -35,6 +37,26 @@ async def boot(seat: Seat, job: Job) -> Manifest:
     vm = await start(seat, plan, job, made=entry.made, shown_as=shown_as)
     with trio.CancelScope(shield=True):
         await vm.ensure_running(shown_as)
-        await hold_lease(vm, plan, seat.store)
+        manifest = (await trio.to_thread.run_sync(seat.store.snapshots)).get(plan.name)
+        if manifest is not None:
+            await hold_lease(vm, plan, seat.store)
         await trio.to_thread.run_sync(seat.store.next_start.clear)
-    return seat.store.manifest(plan.name)
+    return manifest or _deleted(vm, plan)
+
+
+def _deleted(vm: AttachedVm, plan: RevertPlan) -> Manifest:
+    return Manifest(
+        name=plan.name,
+        vm=plan.vm,
+        created_at=plan.requested_at,
+        state="running",
+        reason=vm.tracker.condition.name,
+        strategy=None,
+        image_format=None,
+        paused_ms=0,
+        total_ms=0,
+        memory=None,
+        disks=(),
+        qemu_version=vm.version.text,
+        machine=vm.machine(),
+    )

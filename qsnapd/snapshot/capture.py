@@ -1,6 +1,7 @@
-"""What the three strategies share: the pause window, the pivot, the way out of the pause."""
+"""What all ways to take a snapshot share: the pause window, the pivot, the way out of the pause."""
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import trio
 
@@ -11,6 +12,7 @@ from qsnapd.model.state import Condition
 from qsnapd.qmp.block import BlockdevSetActive, Transaction
 from qsnapd.qmp.commands import Cont, Stop
 from qsnapd.qmp.migration import MigrationInfo
+from qsnapd.snapshot.freeze import Quiesced
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.memory import MemoryTarget
 from qsnapd.snapshot.overlays import pivot_actions
@@ -27,12 +29,15 @@ class Capture:
 
     vm: AttachedVm
     plan: CheckpointPlan
-    target: MemoryTarget
+    target: MemoryTarget | None
+    """None: disk-only."""
     job: Job
     window: PauseWindow = field(default_factory=PauseWindow)
     stop_ms: float = 0.0
     pivot_ms: float = 0.0
     capture_ms: float = 0.0
+    pivoted_at: datetime | None = None
+    quiesced: Quiesced | None = None
 
     def parts(self) -> PauseParts:
         return PauseParts(
@@ -52,6 +57,7 @@ class Capture:
 
     async def pivot(self) -> None:
         """Move every disk to its overlay, all at once or none."""
+        self.pivoted_at = datetime.now(UTC)
         if self.plan.pivots:
             begun_s = trio.current_time()
             actions = pivot_actions(self.plan.pivots)
@@ -59,6 +65,7 @@ class Capture:
             self.pivot_ms = _since_ms(begun_s)
 
     async def begin_saving(self) -> None:
+        assert self.target is not None, "a checkpoint has a place for its memory"
         await self.vm.session.execute(self.target.command())
 
     @property

@@ -10,7 +10,7 @@ from qsnapd.errors import TargetRefused
 from qsnapd.model.plan import ClonePlan, OverlayPlan
 from qsnapd.model.request import CloneRequest
 from qsnapd.model.snapshot import DiskLayer, Manifest
-from qsnapd.snapshot.plan import image_stem
+from qsnapd.snapshot.plan_disks import folder_for_overlays, image_stem
 from qsnapd.snapshot.revert_plan import (
     overlay_at,
     plan_start,
@@ -99,7 +99,8 @@ def _overlay(disk: DiskLayer, clone: str, token: str) -> OverlayPlan:
     frozen = Path(disk.frozen)
     whose = clone[:CLONE_NAME_LIMIT]
     stem = image_stem(frozen).split(OF)[0]
-    return overlay_at(frozen.with_name(f"{stem}{OF}{whose}.{disk.target}-{token}.qcow2"), disk)
+    name = f"{stem}{OF}{whose}.{disk.target}-{token}.qcow2"
+    return overlay_at(folder_for_overlays(disk) / name, disk)
 
 
 def _notes(apart: Apart, overlays: tuple[OverlayPlan, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One checkpoint from request to commit.
+"""One snapshot from request to commit, most often a checkpoint.
 
 The shape of it: plan, write the plan to the journal, make everything that can be made
 beforehand, capture, finish, commit. Whatever goes wrong before the commit, one function
@@ -9,44 +9,52 @@ undone; what still goes wrong is a warning on a snapshot that exists.
 import logging
 import os
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from qsnapd.errors import (
+    AgentError,
     CommandRefused,
     Effect,
     GuestLeftPaused,
     QsnapError,
-    StoreError,
-    TargetRefused,
 )
-from qsnapd.image.files import create_exclusive, identity, publish, require_space
+from qsnapd.image.files import create_exclusive, identity, publish
 from qsnapd.model.job import Phase
-from qsnapd.model.plan import CheckpointPlan, JournalEntry, PivotPlan
+from qsnapd.model.plan import CheckpointPlan, JournalEntry, Place
 from qsnapd.model.request import CreateRequest
-from qsnapd.model.snapshot import ImageFormat, Manifest, Strategy
+from qsnapd.model.snapshot import Manifest, Strategy
 from qsnapd.qmp.migration import MigrateSetCapabilities, MigrateSetParameters
 from qsnapd.snapshot.background import capture_background
 from qsnapd.snapshot.capture import Capture
+from qsnapd.snapshot.disk_only import capture_disks
 from qsnapd.snapshot.finish import describe, finish_image
+from qsnapd.snapshot.former_names import note_made, with_former_names
+from qsnapd.snapshot.freeze import require_freezable
+from qsnapd.snapshot.halt import end_vm, where_disks_are
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.memory import MemoryTarget
-from qsnapd.snapshot.overlays import add_overlay_node, make_overlay, publish_overlays
+from qsnapd.snapshot.overlay_node import add_overlay_node
+from qsnapd.snapshot.overlays import complete_overlay, open_overlay, publish_overlays
 from qsnapd.snapshot.plan import plan_checkpoint
 from qsnapd.snapshot.precopy import capture_precopy
 from qsnapd.snapshot.situation import look
 from qsnapd.snapshot.stopped import capture_stopped
+from qsnapd.snapshot.targets import check_targets, flush_disks
 from qsnapd.snapshot.undo import put_back, release_qemu
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
+from qsnapd.vm.launcher import Launcher
+from qsnapd.vm.provisions import NO_PROVISIONS, Provisions
 
 UNDO_LIMIT_S = 300.0
 """Merging back what the guest wrote meanwhile takes as long as the disk needs."""
 SETTLE_LIMIT_S = 30.0
+HALT_LIMIT_S = 150.0
+"""The same with the end of QEMU, which may be for a service manager to bring about."""
 COMMIT_LIMIT_S = 60.0
-DEVICE_STATE_BYTES = 64 << 20
-"""Room for everything in an image that is not guest RAM."""
 
 _CAPTURES = {
     Strategy.STOPPED: capture_stopped,
@@ -57,23 +65,39 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """Takes one checkpoint of one VM; used once."""
+    """Takes one snapshot of one VM; used once.
 
-    def __init__(self, vm: AttachedVm, store: VmStore, job: Job, *, qemu_img: str) -> None:
+    *launcher*: who must know that the VM is ended, if a request may ask for that.
+    """
+
+    def __init__(
+        self,
+        vm: AttachedVm,
+        store: VmStore,
+        job: Job,
+        *,
+        qemu_img: str,
+        provisions: Provisions = NO_PROVISIONS,
+        launcher: Launcher | None = None,
+    ) -> None:
         self._vm = vm
         self._store = store
         self._job = job
         self._qemu_img = qemu_img
+        self._provisions = provisions
+        self._launcher = launcher
         self._made = ExitStack()
         self._entry: JournalEntry | None = None
         self._has_staged = False
 
     async def take(self, request: CreateRequest, *, holds: bool = False) -> Manifest:
-        """Take the checkpoint.
+        """Take the snapshot.
 
         Preconditions: no other job changes this VM; the caller sees to that.
         On success: the snapshot exists and is current; a guest that ran runs on its overlays,
-          unless this *holds* it, because the caller is about to end its QEMU.
+          unless this *holds* it, because the caller is about to end its QEMU. Without
+          metadata the disks have moved and the memory is saved, and no snapshot is listed.
+          With `halt` the VM's QEMU has ended.
         On failure or cancellation before the commit: as if never asked; the error's `effect`
           says so.
         Raises: RequestError: refused, nothing was touched. VmError, StoreError.
@@ -114,6 +138,7 @@ class Checkpoint:
         await trio.to_thread.run_sync(store.set_current, plan.parent)
         await trio.to_thread.run_sync(store.uncommit, plan.name)
         await put_back(self._vm, entry)
+        await trio.to_thread.run_sync(store.made.forget_gone)
         await trio.to_thread.run_sync(store.unstage, plan.name)
         await trio.to_thread.run_sync(store.journal.clear)
 
@@ -133,10 +158,12 @@ class Checkpoint:
         except QsnapError as exc:
             exc.effect = Effect.NONE  # a question without an answer: nothing was touched
             raise
-        plan = plan_checkpoint(request, now, holds=holds)
+        plan = plan_checkpoint(request, now, provisions=self._provisions, holds=holds)
         self._job.snapshot = plan.name
         staging = store.partial_path(plan.name)
-        await trio.to_thread.run_sync(check_targets, plan, store.directory, staging)
+        plan = await trio.to_thread.run_sync(check_targets, plan, store.directory, staging)
+        if plan.agent is not None:
+            await require_freezable(self._vm, self._provisions.require_agent(plan.vm))
         identity_of_qemu = self._vm.identity
         entry = JournalEntry(
             plan=plan,
@@ -148,58 +175,95 @@ class Checkpoint:
             with self._made:
                 manifest = await self._run(plan, entry)
         except BaseException as exc:
-            # Committed all the same? Then the next start settles it, by the journal.
-            if plan.name not in store.snapshots():
-                with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+            with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+                # Committed all the same? Then the next start settles it, by the journal.
+                if not await self._is_committed():
                     await self._undo(plan, exc)
             raise
         await self._settle(plan)
         return manifest
 
+    async def _is_committed(self) -> bool:
+        entry = await trio.to_thread.run_sync(self._store.journal.read)
+        assert entry is not None, "the journal holds the plan until the job has ended"
+        assert isinstance(entry.plan, CheckpointPlan)
+        return is_committed(entry.plan, self._store)
+
     async def _run(self, plan: CheckpointPlan, entry: JournalEntry) -> Manifest:
+        self._note(plan.notes)
         target = await self._prepare(plan, entry)
-        self._job.enter(Phase.SAVING)
         capture = Capture(self._vm, plan, target, self._job)
-        await _CAPTURES[plan.strategy](capture)
+        if plan.strategy is None:
+            agent = self._provisions.require_agent(plan.vm) if plan.agent else None
+            await capture_disks(capture, self._store, agent)
+        else:
+            self._job.enter(Phase.SAVING)
+            await _CAPTURES[plan.strategy](capture)
         self._job.enter(Phase.FINISHING)
-        image, ram_blocks = await finish_image(target, self._vm.ram_blocks)
+        image, ram_blocks = None, self._vm.ram_blocks
+        if target is not None:
+            image, ram_blocks = await finish_image(target, ram_blocks)
         manifest = describe(self._vm, plan, capture, image, ram_blocks, self._job.elapsed_ms)
+        manifest = await trio.to_thread.run_sync(with_former_names, manifest, self._store.made)
         with trio.fail_after(COMMIT_LIMIT_S, shield=True):
             await trio.to_thread.run_sync(self._commit, plan, manifest)
         return manifest
 
-    async def _prepare(self, plan: CheckpointPlan, entry: JournalEntry) -> MemoryTarget:
+    def _note(self, notes: tuple[str, ...]) -> None:
+        known = self._job.notes
+        self._job.notes = (*known, *(note for note in notes if note not in known))
+
+    async def _prepare(self, plan: CheckpointPlan, entry: JournalEntry) -> MemoryTarget | None:
         """Make files and nodes; the guest runs and notices nothing."""
         session = self._vm.session
         if plan.capabilities:  # first, because QEMU may refuse them
             await session.execute(MigrateSetCapabilities.of(plan.capabilities))
-        await trio.to_thread.run_sync(self._store.stage, plan.name)
-        self._has_staged = True
-        memory = await trio.to_thread.run_sync(create_exclusive, Path(plan.memory_partial))
-        self._made.callback(os.close, memory)
-        overlays = [await self._make_overlay(pivot) for pivot in plan.pivots]
-        entry = entry.model_copy(update={"made": tuple(map(identity, (memory, *overlays)))})
+        if plan.keeps_metadata:
+            await trio.to_thread.run_sync(self._store.stage, plan.name)
+            self._has_staged = True
+        target = None
+        if plan.memory_partial is not None:
+            memory = await self._open(partial(create_exclusive, Path(plan.memory_partial)))
+            target = MemoryTarget(plan, memory)
+        plans = [pivot.overlay for pivot in plan.pivots]
+        overlays = [await self._open(partial(open_overlay, overlay)) for overlay in plans]
+        files = list(zip(plans, map(identity, overlays), strict=True))
+        made = [file for overlay, file in files if overlay.place is Place.NEW]
+        given = [file for overlay, file in files if overlay.place is not Place.NEW]
+        memories = [identity(target.descriptor)] if target else []
+        entry = entry.model_copy(update={"made": (*memories, *made), "given": tuple(given)})
         self._entry = entry
         await trio.to_thread.run_sync(self._store.journal.write, entry)
-        await publish_overlays([pivot.overlay for pivot in plan.pivots])
-        for pivot, overlay in zip(plan.pivots, overlays, strict=True):
-            await add_overlay_node(session, pivot, overlay)
-        await session.execute(MigrateSetParameters(parameters=plan.parameters))
-        target = MemoryTarget(plan, memory)
-        await target.hand_over(session)
-        await trio.to_thread.run_sync(_flush_disks, plan)
+        for overlay, descriptor in zip(plans, overlays, strict=True):
+            await complete_overlay(overlay, descriptor, qemu_img=self._qemu_img)
+        await publish_overlays(plans)
+        for pivot, descriptor in zip(plan.pivots, overlays, strict=True):
+            await add_overlay_node(self._vm, pivot, descriptor)
+        if target is not None:
+            await session.execute(MigrateSetParameters(parameters=plan.parameters))
+            await target.hand_over(session)
+        await trio.to_thread.run_sync(flush_disks, plan)
         return target
 
-    async def _make_overlay(self, pivot: PivotPlan) -> int:
-        overlay = await make_overlay(pivot.overlay, qemu_img=self._qemu_img)
-        self._made.callback(os.close, overlay)
-        return overlay
+    async def _open(self, opening: partial[int]) -> int:
+        descriptor = await trio.to_thread.run_sync(opening)
+        self._made.callback(os.close, descriptor)
+        return descriptor
 
     def _commit(self, plan: CheckpointPlan, manifest: Manifest) -> None:
         """Give the image its name, then the snapshot its existence. Blocks."""
-        if Path(plan.memory_partial).parent != self._store.partial_path(plan.name):
-            publish(Path(plan.memory_partial), Path(plan.memory_file))
-        self._store.commit(plan.name, manifest)
+        partial_file = Path(plan.memory_partial) if plan.memory_partial else None
+        if partial_file and partial_file.parent != self._store.partial_path(plan.name):
+            assert plan.memory_file is not None, "it has a name to be given"
+            publish(partial_file, Path(plan.memory_file))
+        created = self._entry.made if self._entry else ()
+        note_made(self._store.made, [pivot.overlay for pivot in plan.pivots], created)
+        if plan.keeps_metadata:
+            self._store.commit(plan.name, manifest)
+            return
+        assert self._entry is not None, "it was prepared"
+        committed = plan.model_copy(update={"committed": True})
+        self._store.journal.write(self._entry.model_copy(update={"plan": committed}))
 
     async def _undo(self, plan: CheckpointPlan, cause: BaseException) -> None:
         """Put everything back; the journal stays if that fails, for the next attempt.
@@ -207,11 +271,13 @@ class Checkpoint:
         Raises: GuestLeftPaused: the one failure that is worse than *cause*.
         """
         self._job.enter(Phase.UNDOING)
+        was = cause.effect if isinstance(cause, QsnapError) else Effect.NONE
         self._set_effect(cause, Effect.UNKNOWN)
         entry = await trio.to_thread.run_sync(self._store.journal.read)
         assert entry is not None, "the journal holds the plan until the job has ended"
         try:
-            await put_back(self._vm, entry)
+            done = await put_back(self._vm, entry)
+            await trio.to_thread.run_sync(self._store.made.forget_gone)
             if self._has_staged:  # else what lies there is an import's of that name
                 await trio.to_thread.run_sync(self._store.unstage, plan.name)
                 self._has_staged = False
@@ -221,7 +287,15 @@ class Checkpoint:
         except QsnapError as exc:
             _log.error("VM %s: undoing %s is not finished: %s", plan.vm, plan.name, exc)
         else:
-            self._set_effect(cause, Effect.ROLLED_BACK)
+            # An agent that has not answered may have frozen what nobody has thawed yet.
+            frozen = isinstance(cause, AgentError) and was is Effect.UNKNOWN
+            self._job.effect = Effect.ROLLED_BACK
+            if done:
+                _log.warning("VM %s: %s", plan.vm, done)
+                self._note((done,))
+                if isinstance(cause, QsnapError):
+                    cause.add(done)
+            self._set_effect(cause, Effect.PARTIAL if frozen else Effect.ROLLED_BACK)
 
     def _set_effect(self, cause: BaseException, effect: Effect) -> None:
         self._job.effect = effect
@@ -230,59 +304,34 @@ class Checkpoint:
 
     async def _settle(self, plan: CheckpointPlan) -> None:
         """After the commit: what is left to tidy up, none of which can harm the snapshot."""
-        with trio.move_on_after(SETTLE_LIMIT_S, shield=True):
+        limit_s = HALT_LIMIT_S if plan.halts else SETTLE_LIMIT_S
+        with trio.move_on_after(limit_s, shield=True) as patience:
             try:
-                await settle_committed(self._vm, plan, self._store)
+                if plan.halts:
+                    self._note(where_disks_are(plan))
+                    await end_vm(self._vm, self._launcher)
+                await settle_committed(self._vm, plan, self._store, is_ended=plan.halts)
             except QsnapError as exc:
                 _log.warning("VM %s: %s exists, but: %s", plan.vm, plan.name, exc)
+                self._note((f"{plan.name} was taken, but: {exc}",))
+        if patience.cancelled_caught:
+            _log.warning("VM %s: %s exists; tidying up took too long", plan.vm, plan.name)
 
 
-async def settle_committed(vm: AttachedVm, plan: CheckpointPlan, store: VmStore) -> None:
-    """Finish a checkpoint that is committed; idempotent, so that a restart can do it too."""
-    await trio.to_thread.run_sync(store.set_current, plan.name)
-    await release_qemu(vm.session, plan)
-    await trio.to_thread.run_sync(store.journal.clear)
+def is_committed(plan: CheckpointPlan, store: VmStore) -> bool:
+    """Whether the job of *plan*, as it stands in the journal, has come past its commit."""
+    return plan.name in store.snapshots() if plan.keeps_metadata else plan.committed
 
 
-def check_targets(plan: CheckpointPlan, directory: Path, staging: Path) -> None:
-    """Refuse what could only fail later: files in the way, no room for the image. Blocks.
+async def settle_committed(
+    vm: AttachedVm, plan: CheckpointPlan, store: VmStore, *, is_ended: bool = False
+) -> None:
+    """Finish a snapshot that is committed; idempotent, so that a restart can do it too.
 
-    A mapped-ram image is never larger than RAM; neither is a stream that sends each page
-    once, but for a few bytes a page. A precopy stream may become as large as its limit.
-    Raises: StoreFull, TargetRefused.
+    *is_ended*: the VM's QEMU was ended since, as was asked for.
     """
-    if os.path.lexists(staging):
-        raise TargetRefused(
-            f"{staging} is there: a snapshot {plan.name} is being imported, or was begun and never "
-            "ended"
-        )
-    memory = Path(plan.memory_file)
-    for path in (memory, *(Path(pivot.overlay.path) for pivot in plan.pivots)):
-        if os.path.lexists(path):
-            raise TargetRefused(f"{path} exists already, and an existing file is never overwritten")
-    # The snapshot's own folder does not exist yet.
-    where = directory if memory.parent.parent == directory else memory.parent
-    needed_bytes = plan.ram_bytes
-    if plan.image_format is ImageFormat.STREAM:
-        needed_bytes += plan.ram_bytes // 256
-        if plan.strategy is Strategy.PRECOPY:
-            needed_bytes = max(needed_bytes, plan.precopy_limit_bytes)
-    require_space(where, needed_bytes + DEVICE_STATE_BYTES)
-
-
-def _flush_disks(plan: CheckpointPlan) -> None:
-    """Sync the disks' files now, so that `stop` finds little to flush. Blocks."""
-    for pivot in plan.pivots:
-        try:
-            descriptor = os.open(pivot.overlay.backing, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as exc:
-            _log.debug("cannot pre-flush %s: %s", pivot.overlay.backing, exc)
-            continue
-        try:
-            os.fdatasync(descriptor)
-        except OSError as exc:
-            raise StoreError(
-                f"disk {pivot.target}: {pivot.overlay.backing} cannot be synced: {exc.strerror}"
-            ) from exc
-        finally:
-            os.close(descriptor)
+    if plan.keeps_metadata:
+        await trio.to_thread.run_sync(store.set_current, plan.name)
+    if not is_ended:
+        await release_qemu(vm.session, plan)
+    await trio.to_thread.run_sync(store.journal.clear)

@@ -16,6 +16,7 @@ from qsnapd.errors import Effect, StoreError, TargetRefused
 from qsnapd.image.files import create_exclusive, sync_directory, sync_file
 from qsnapd.model.transfer import EXPORT_NAME, Export, ExportRequest
 from qsnapd.snapshot.gathering import Gathering
+from qsnapd.snapshot.intact import require_usable
 from qsnapd.snapshot.meter import Meter, Tell
 from qsnapd.snapshot.tar_writer import require_writable, write_tar
 from qsnapd.store.snapshots import VmStore
@@ -46,6 +47,7 @@ async def _export(
     store: VmStore, request: ExportRequest, qemu_img: str, descriptor: int | None, meter: Meter
 ) -> Export:
     manifest = await trio.to_thread.run_sync(store.manifest, request.name)
+    require_usable(manifest)
     if request.directory is not None:
         async with _new_folder(Path(request.directory)) as folder:
             with ExitStack() as descriptors:

@@ -14,7 +14,9 @@ from qsnapd.image.savevm import Verified
 from qsnapd.image.slow import SLOW
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import (
+    Consistency,
     DiskLayer,
+    FileIdentity,
     ImageFormat,
     Manifest,
     MemoryImage,
@@ -45,7 +47,9 @@ async def finish_image(
 def _finish_image(
     target: MemoryTarget, ram_blocks: Sequence[RamBlock]
 ) -> tuple[MemoryImage, tuple[RamBlock, ...]]:
-    plan, fd = target.plan, target.descriptor
+    plan, fd, file = target.plan, target.descriptor, target.file
+    assert plan.image_format is not None, "a checkpoint says how it is saved"
+    assert plan.strategy is not None, "a checkpoint says how it is saved"
     check = trio.from_thread.check_cancelled
     if target.drain is not None:
         target.drain.finish()
@@ -55,14 +59,16 @@ def _finish_image(
         fd, plan.image_format, plan.strategy, ram_blocks, check, holes_are_zero=holes_are_zero
     )
     if verified.unchecked:
-        _log.warning("%s: checked in part only: %s", plan.memory_file, verified.unchecked)
+        _log.warning("%s: checked in part only: %s", file, verified.unchecked)
     check()
+    status = os.fstat(fd)
     image = MemoryImage(
-        path=plan.memory_file,
-        size_bytes=os.fstat(fd).st_size,
+        path=file,
+        size_bytes=status.st_size,
         allocated_bytes=allocated_bytes(fd),
         sha256=digest.sha256(fd, check) if plan.hash_memory else None,
         holes_are_zero=holes_are_zero,
+        file=FileIdentity(path=file, device=status.st_dev, inode=status.st_ino),
     )
     return image, verified.ram_blocks
 
@@ -102,12 +108,13 @@ def describe(
     vm: AttachedVm,
     plan: CheckpointPlan,
     capture: Capture,
-    image: MemoryImage,
+    image: MemoryImage | None,
     ram_blocks: tuple[RamBlock, ...],
     total_ms: float,
 ) -> Manifest:
-    """The manifest of a finished checkpoint; pure."""
+    """The manifest of a finished snapshot; pure."""
     stopped_at_s = capture.window.stopped_at_s
+    moved_at = capture.pivoted_at or plan.requested_at
     paused = Condition[plan.reason].state is State.PAUSED
     return Manifest(
         name=plan.name,
@@ -116,7 +123,7 @@ def describe(
         description=plan.description,
         labels=plan.labels,
         created_at=(
-            plan.requested_at if stopped_at_s is None else datetime.fromtimestamp(stopped_at_s, UTC)
+            moved_at if stopped_at_s is None else datetime.fromtimestamp(stopped_at_s, UTC)
         ),
         state="paused" if paused else "running",
         reason=plan.reason,
@@ -142,4 +149,15 @@ def describe(
         qemu_version=vm.version.text,
         qemu_package=vm.version.package,
         machine=vm.machine().model_copy(update={"ram_blocks": ram_blocks}),
+        consistency=_consistency(plan, capture),
+        left_out=plan.left_out,
+        manual_disks=plan.manual,
     )
+
+
+def _consistency(plan: CheckpointPlan, capture: Capture) -> Consistency:
+    """What was planned, unless the file systems were not frozen all the time."""
+    quiesced = capture.quiesced
+    if plan.agent is None or (quiesced is not None and quiesced.filesystems and quiesced.held):
+        return plan.consistency
+    return Consistency.PAUSED if plan.manual else Consistency.CRASH

@@ -86,6 +86,7 @@ async def import_snapshot(
         receive = partial(_receive, export, source, place, meter)
         files = await trio.to_thread.run_sync(receive)
         manifest = _rewritten(export, store, name, files)
+        await trio.to_thread.run_sync(_note_made, export, store, files)
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(store.commit, name, manifest)
     except BaseException:
@@ -96,6 +97,11 @@ async def import_snapshot(
     finally:
         os.close(place.disks_fd)
     return manifest
+
+
+def _note_made(export: Export, store: VmStore, files: "dict[str, _Received]") -> None:
+    for image in (image for disk in export.disks for image in disk.images):
+        store.made.add([files[image.name].file], image_format=image.format)
 
 
 def notes(manifest: Manifest, qmp: Path) -> tuple[str, ...]:

@@ -5,11 +5,24 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from qsnapd.errors import ImageInvalid
+from qsnapd.errors import ImageInvalid, WrongState
 from qsnapd.image.savevm import Verified
 from qsnapd.model.snapshot import Manifest, MemoryImage
 from qsnapd.snapshot.finish import verify_image
 from qsnapd.vm.identity import is_still
+
+
+def require_usable(manifest: Manifest) -> None:
+    """Refuse to restore or to copy a snapshot whose images are being merged.
+
+    Raises: WrongState.
+    """
+    if manifest.deleting:
+        raise WrongState(
+            f"snapshot {manifest.name} is being deleted, or that was broken off: its disks hold "
+            f"newer data already. Delete it again (qsnapctl snapshot-delete {manifest.vm} "
+            f"{manifest.name}) to finish that"
+        )
 
 
 def check_snapshot(manifest: Manifest, *, memory: bool = True) -> Verified | None:

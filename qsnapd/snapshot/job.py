@@ -20,6 +20,9 @@ _OUTCOMES = {
 }
 
 
+_INSTRUCTING = (Phase.STARTING, Phase.HOLDING)
+
+
 class Job:
     """Runs once. The VM's supervisor owns it; clients look at it and may cancel it."""
 
@@ -40,6 +43,8 @@ class Job:
         self.error: QsnapError | None = None
         self.effect = Effect.NONE
         """What is true if the job ends now; kept by the work."""
+        self.outcome: str | None = None
+        """The same in words, where the effect does not say enough."""
         self.kept: str | None = None
         """The snapshot that the state before the job was kept as."""
         self.notes: tuple[str, ...] = ()
@@ -55,6 +60,7 @@ class Job:
         self._result: Manifest | None = None
         self._cancelled_by_user = False
         self._changed = trio.Event()
+        self._told: trio.Event | None = None
 
     @property
     def elapsed_ms(self) -> float:
@@ -78,7 +84,7 @@ class Job:
             left_s=self.progress.left_s,
             kept=self.kept,
             notes=self.notes,
-            instruction=self.instruction if self.phase is Phase.STARTING else None,
+            instruction=self.instruction if self.phase in _INSTRUCTING else None,
             error=str(self.error) if self.error else None,
         )
 
@@ -115,6 +121,21 @@ class Job:
         self._cancelled_by_user = True
         self._scope.cancel()
 
+    async def wait_told(self) -> None:
+        """Wait until somebody says that what the job waits for is done (`tell`)."""
+        self._told = trio.Event()
+        try:
+            await self._told.wait()
+        finally:
+            self._told = None
+
+    def tell(self) -> bool:
+        """Say that it is done; returns whether the job was waiting for that."""
+        if self._told is None:
+            return False
+        self._told.set()
+        return True
+
     async def run(self, work: Callable[[], Awaitable[Manifest]]) -> None:
         """Do *work* to its end; a foreseeable failure is kept for those who wait.
 
@@ -124,9 +145,9 @@ class Job:
             with self._scope:
                 self._result = await work()
             if self._result is None:
+                outcome = self.outcome or _OUTCOMES[self.effect]
                 self.error = JobCancelled(
-                    f"the job on VM {self.vm} was cancelled; {_OUTCOMES[self.effect]}",
-                    effect=self.effect,
+                    f"the job on VM {self.vm} was cancelled; {outcome}", effect=self.effect
                 )
         except QsnapError as exc:
             self.error = exc

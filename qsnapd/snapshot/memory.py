@@ -30,6 +30,12 @@ class MemoryTarget:
     def name(self) -> str:
         return f"qsnapd-{self.plan.token}"
 
+    @property
+    def file(self) -> str:
+        """Its final path."""
+        assert self.plan.memory_file is not None, "a checkpoint has a place for its memory"
+        return self.plan.memory_file
+
     async def hand_over(self, session: QmpSession) -> None:
         """Give QEMU its descriptor; before the pause, like everything slow.
 
@@ -48,7 +54,7 @@ class MemoryTarget:
                 await session.execute(GetFd(fdname=self.name), descriptor=writer)
             else:
                 await session.execute(
-                    AddFd(fdset_id=self.plan.memory_fdset_id, opaque=self.plan.memory_file),
+                    AddFd(fdset_id=self.plan.memory_fdset_id, opaque=self.file),
                     descriptor=writer,
                 )
         finally:

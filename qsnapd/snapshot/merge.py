@@ -28,8 +28,8 @@ _EXTERNAL_DATA_FILE = 1 << 2
 async def merge_offline(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: str) -> None:
     """Write what the overlay of *pivot* holds into the image below it, if it holds anything.
 
-    *inodes* are the files the job has made; an overlay that is none of them, or is gone, is
-    left alone. qemu-img takes the images' locks: it refuses rather than corrupts.
+    *inodes* are the files the job has made or was given; an overlay that is none of them, or
+    is gone, is left alone. qemu-img takes the images' locks: it refuses rather than corrupts.
 
     On failure: nothing is lost; the overlay still holds it all.
     Raises: StoreError: it could not, or must not, be merged.
@@ -43,7 +43,7 @@ async def merge_offline(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: s
         mapping = json.loads(await _run(command, overlay, base))
         if not any(extent["depth"] == 0 for extent in mapping):
             return
-        if os.fstat(base).st_mtime_ns > os.fstat(overlay).st_mtime_ns:
+        if _written_at(base) > _written_at(overlay) > 0:
             raise StoreError(
                 f"{pivot.overlay.backing} was written to after {pivot.overlay.path}: the VM has "
                 "been started from it again, and merging would destroy what it wrote. The "
@@ -52,11 +52,18 @@ async def merge_offline(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: s
         await _run([qemu_img, "commit", "-q", "-d", "--image-opts", source], overlay, base)
 
 
+def _written_at(fd: int) -> int:
+    """In ns; 0: writing to a block device does not change the time of its name."""
+    status = os.fstat(fd)
+    return 0 if stat.S_ISBLK(status.st_mode) else status.st_mtime_ns
+
+
 @contextmanager
 def _opened(pivot: PivotPlan, inodes: frozenset[int]) -> Iterator[tuple[int, int] | None]:
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    follow = os.O_NOFOLLOW if pivot.overlay.on_device else 0  # a device may be named by a link
     try:
-        overlay = os.open(pivot.overlay.path, flags)
+        overlay = os.open(pivot.overlay.path, flags & ~follow)
     except FileNotFoundError:
         yield None
         return
@@ -83,16 +90,19 @@ def _opened(pivot: PivotPlan, inodes: frozenset[int]) -> Iterator[tuple[int, int
 
 
 def _image_options(pivot: PivotPlan, overlay: int, base: int) -> str:
-    block = stat.S_ISBLK(os.fstat(base).st_mode)
     options = {
         "driver": "qcow2",
-        "file.driver": "file",
+        "file.driver": _driver(overlay),
         "file.filename": f"/proc/self/fd/{overlay}",
         "backing.driver": pivot.overlay.backing_format,
-        "backing.file.driver": "host_device" if block else "file",
+        "backing.file.driver": _driver(base),
         "backing.file.filename": f"/proc/self/fd/{base}",
     }
     return ",".join(f"{name}={value}" for name, value in options.items())
+
+
+def _driver(fd: int) -> str:
+    return "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
 
 
 async def _run(command: list[str], overlay: int, base: int) -> bytes:

@@ -1,5 +1,6 @@
-"""New qcow2 files over existing images, and the nodes that QEMU makes of them."""
+"""New qcow2 files over existing images, and the transaction that moves disks to them."""
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -8,12 +9,10 @@ from typing import Any
 
 import trio
 
-from qsnapd.errors import StoreError
-from qsnapd.image.files import create_exclusive, publish, reopen, sync_file
-from qsnapd.model.plan import OverlayPlan, PivotPlan
-from qsnapd.qmp.block import BlockdevAdd
-from qsnapd.qmp.commands import AddFd
-from qsnapd.qmp.session import QmpSession
+from qsnapd.errors import StoreError, TargetRefused
+from qsnapd.image.files import create_exclusive, publish, sync_file
+from qsnapd.model.plan import OverlayPlan, PivotPlan, Place
+from qsnapd.snapshot.targets import open_given
 
 QEMU_IMG_LIMIT_S = 60.0
 
@@ -28,14 +27,58 @@ async def make_overlay(plan: OverlayPlan, *, qemu_img: str) -> int:
     On failure: the partial file may exist; its name carries the job's token.
     Raises: TargetRefused: it cannot be created there. StoreError: qemu-img failed.
     """
-    descriptor = await trio.to_thread.run_sync(create_exclusive, Path(plan.partial))
+    descriptor = await trio.to_thread.run_sync(open_overlay, plan)
     try:
-        await fill_overlay(plan, descriptor, qemu_img=qemu_img)
-        await trio.to_thread.run_sync(sync_file, descriptor)
+        await complete_overlay(plan, descriptor, qemu_img=qemu_img)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def open_overlay(plan: OverlayPlan) -> int:
+    """Create the overlay's file, empty, or open what somebody has given for it. Blocks.
+
+    Returns a descriptor for the caller to close. Raises: TargetRefused.
+    """
+    if plan.place is Place.NEW:
+        return create_exclusive(Path(plan.partial))
+    return open_given(plan)
+
+
+async def complete_overlay(plan: OverlayPlan, descriptor: int, *, qemu_img: str) -> None:
+    """Make an overlay of what `open_overlay` has opened; synced on return.
+
+    Raises: StoreError: qemu-img failed. TargetRefused: a finished one holds data already.
+    """
+    if plan.place is Place.READY:
+        await _require_blank(plan, descriptor, qemu_img=qemu_img)
+    else:
+        await fill_overlay(plan, descriptor, qemu_img=qemu_img)
+        await trio.to_thread.run_sync(sync_file, descriptor)
+
+
+async def _require_blank(plan: OverlayPlan, descriptor: int, *, qemu_img: str) -> None:
+    """Refuse an overlay in which the guest would find what it has never written."""
+    image = {
+        "driver": "qcow2",
+        "file": {
+            "driver": "host_device" if plan.on_device else "file",
+            "filename": f"/proc/self/fd/{descriptor}",
+        },
+        "backing": None,
+    }
+    command = [qemu_img, "map", "--output=json", f"json:{json.dumps(image)}"]
+    owner = os.fstat(descriptor)
+    ids: dict[str, Any] = {}
+    if os.geteuid() == 0 and owner.st_uid != 0:  # who made it could make qemu-img read anything
+        ids = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+    printed = await _run(plan, command, "look into", descriptor, ids)
+    if any(extent.get("present", extent["data"]) for extent in json.loads(printed)):
+        raise TargetRefused(
+            f"disk {plan.target}: {plan.path} holds data already, which the guest would find on "
+            "its disk all of a sudden: make an empty overlay"
+        )
 
 
 async def fill_overlay(plan: OverlayPlan, descriptor: int, *, qemu_img: str) -> None:
@@ -47,27 +90,38 @@ async def fill_overlay(plan: OverlayPlan, descriptor: int, *, qemu_img: str) -> 
         command += ["-o", options]
     command += [f"/proc/self/fd/{descriptor}", str(plan.virtual_size_bytes)]
     try:
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and plan.place is Place.NEW:
             owner = os.stat(plan.backing)
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    except OSError as exc:
+        raise StoreError(f"cannot create {plan.path}: {exc.strerror}") from exc
+    await _run(plan, command, "create", descriptor, {})
+
+
+async def _run(
+    plan: OverlayPlan, command: list[str], verb: str, descriptor: int, ids: dict[str, Any]
+) -> bytes:
+    """Run qemu-img on the overlay; what it printed. Raises: StoreError."""
+    try:
         with trio.fail_after(QEMU_IMG_LIMIT_S):
-            await trio.run_process(
-                command, capture_stdout=True, capture_stderr=True, pass_fds=(descriptor,)
+            done = await trio.run_process(
+                command, capture_stdout=True, capture_stderr=True, pass_fds=(descriptor,), **ids
             )
     except FileNotFoundError as exc:
         raise StoreError(
-            f"cannot make {plan.path}: {exc.filename} is missing (qemu-img comes with qemu-utils; "
-            "the config may name another)"
+            f"cannot {verb} {plan.path}: {exc.filename} is missing (qemu-img comes with "
+            "qemu-utils; the config may name another)"
         ) from exc
     except subprocess.CalledProcessError as exc:
         words = exc.stderr.decode(errors="replace").strip()
-        raise StoreError(f"qemu-img could not create {plan.path}: {words}") from exc
+        raise StoreError(f"qemu-img could not {verb} {plan.path}: {words}") from exc
     except trio.TooSlowError:
         raise StoreError(
-            f"qemu-img did not create {plan.path} within {QEMU_IMG_LIMIT_S:g} s"
+            f"qemu-img did not {verb} {plan.path} within {QEMU_IMG_LIMIT_S:g} s"
         ) from None
     except OSError as exc:
-        raise StoreError(f"cannot create {plan.path}: {exc.strerror}") from exc
+        raise StoreError(f"cannot {verb} {plan.path}: {exc.strerror}") from exc
+    return bytes(done.stdout)
 
 
 def _options(plan: OverlayPlan) -> str:
@@ -82,47 +136,14 @@ def _options(plan: OverlayPlan) -> str:
 async def publish_overlays(plans: Sequence[OverlayPlan]) -> None:
     """Give finished overlays their names, never in place of another file.
 
+    Those that are where somebody has put them have theirs already.
+
     Raises: TargetRefused: a file of that name exists.
     """
     for plan in plans:
+        if plan.place is not Place.NEW:
+            continue
         await trio.to_thread.run_sync(publish, Path(plan.partial), Path(plan.path))
-
-
-async def add_overlay_node(session: QmpSession, plan: PivotPlan, overlay: int) -> None:
-    """Hand the overlay to QEMU and make a node of it, without the image below it yet.
-
-    The set holds one descriptor, O_RDWR, and no O_RDONLY one beside it. With both, QEMU
-    would change to the second when the next overlay covers this one, while the first,
-    still open in the set, kept its lock on the file; the next `cont` after a migration
-    then fails with 'Failed to get shared "write" lock' (7.2, 10.0).
-    """
-    direct = os.O_DIRECT if plan.cache_direct else 0
-    descriptor = reopen(overlay, os.O_RDWR | direct)
-    try:
-        command = AddFd(fdset_id=plan.fdset_id, opaque=plan.overlay.path)
-        await session.execute(command, descriptor=descriptor)
-    finally:
-        os.close(descriptor)
-    await session.execute(BlockdevAdd(options=_node_options(plan)))
-
-
-def _node_options(plan: PivotPlan) -> dict[str, Any]:
-    cache = {"direct": plan.cache_direct, "no-flush": plan.cache_no_flush}
-    return {
-        "driver": "qcow2",
-        "node-name": plan.overlay_node,
-        "discard": "unmap",
-        "detect-zeroes": plan.detect_zeroes,
-        "cache": cache,
-        "backing": None,
-        "file": {
-            "driver": "file",
-            "node-name": plan.file_node,
-            "filename": f"/dev/fdset/{plan.fdset_id}",
-            "discard": "unmap",
-            "cache": cache,
-        },
-    }
 
 
 def pivot_actions(plans: Sequence[PivotPlan]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from qsnapd.model.request import OnLimit
 from qsnapd.qmp.commands import Stop
 from qsnapd.qmp.migration import MigrateContinue, MigrationInfo
 from qsnapd.snapshot.capture import Capture, Stopwatch
+from qsnapd.snapshot.hold import hold_for_storage
 from qsnapd.snapshot.saving import wait_saved
 
 
@@ -44,6 +45,7 @@ async def capture_precopy(capture: Capture) -> None:
         capture.window.begun = True
         watch = Stopwatch()
         await capture.pivot()
+        await hold_for_storage(capture)
         await session.execute(MigrateContinue())
         info = await wait_saved(session, "completed", watcher=capture.watch)
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)

@@ -4,7 +4,7 @@ Reads, and starts a QEMU of its own for a moment (`vm.probe`); the VM that may b
 left alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,11 @@ from qsnapd.image.slow import SLOW
 from qsnapd.model.snapshot import Manifest
 from qsnapd.snapshot.chains import read_chain, wrong_with_chain
 from qsnapd.snapshot.differences import Difference, compare_cpu, compare_qemu, compare_ram
-from qsnapd.snapshot.intact import check_snapshot
+from qsnapd.snapshot.intact import check_snapshot, require_usable
+from qsnapd.snapshot.left_out import compare_left_out
 from qsnapd.snapshot.reach import KVM, check_access
 from qsnapd.vm.argv import parse_options
+from qsnapd.vm.disks import Disk
 from qsnapd.vm.launch import DELETED
 from qsnapd.vm.probe import Probe, UnknownMachine, probe
 
@@ -46,17 +48,23 @@ async def preflight(
     force: bool,
     memory: bool = True,
     frees_bytes: int = 0,
+    others: Iterable[Manifest] = (),
+    present: Sequence[Disk] = (),
 ) -> Preflight:
     """Return if the snapshot may be restored.
 
     *memory*: whether its memory is to be loaded, if it has any. *frees_bytes*: memory of the
     host that the restore gives back first, by ending the VM's present QEMU.
+    *others*: the VM's snapshots, *present*: the disks that it has right now; both matter
+    where disks are left out.
     Raises:
+      WrongState: it is being deleted.
       ImageInvalid: a file is missing, was replaced or is damaged.
       SnapshotDiffers: QEMU, machine, CPU, RAM, disks or access differ, and this is not
         *force*d or cannot be; lists everything that does.
       StoreError: something could not be looked at.
     """
+    require_usable(manifest)
     loads = memory and manifest.memory is not None
     check = partial(check_snapshot, manifest, memory=loads)
     await trio.to_thread.run_sync(check, limiter=SLOW)
@@ -65,6 +73,8 @@ async def preflight(
     if loads:
         found += compare_ram(manifest.machine, options)
         found += check_host_memory(manifest, free_memory_bytes() + frees_bytes)
+    left_out = partial(compare_left_out, manifest, others, present, loads=loads)
+    found += await trio.to_thread.run_sync(lambda: list(left_out()))
     blocking = await trio.to_thread.run_sync(check_access, manifest, options)
     found += blocking
     asked: list[Probe] = []

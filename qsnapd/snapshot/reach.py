@@ -3,8 +3,10 @@
 import os
 from collections.abc import Iterator, Sequence
 
+from qsnapd.errors import Blocked
 from qsnapd.model.snapshot import Manifest, Process
 from qsnapd.snapshot.differences import Difference
+from qsnapd.snapshot.plan_disks import folder_for_overlays
 from qsnapd.vm.access import READ, SEARCH, WRITE, Want, refusals
 from qsnapd.vm.argv import Fields, Option
 from qsnapd.vm.launch import DELETED
@@ -82,7 +84,11 @@ def _check_overlays(manifest: Manifest) -> Iterator[Difference]:
     process = manifest.machine.process
     ours = os.geteuid()
     for disk in manifest.disks:
-        folder = os.path.dirname(disk.frozen)
+        try:
+            folder = folder_for_overlays(disk)
+        except Blocked as exc:
+            yield Difference(f"disk {disk.target}", "", str(exc), False)
+            continue
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             yield Difference(
                 f"disk {disk.target}", "", f"{folder}: qsnapd cannot make an overlay there", False

@@ -4,26 +4,44 @@ The journals say what was intended, QEMU and the file system say how far it came
 have two: it was being put back to a snapshot, and its present state being kept first.
 """
 
+import logging
+
 import trio
 
-from qsnapd.errors import Effect, SessionLost, StoreError
+from qsnapd.errors import Effect, QsnapError, SessionLost, StoreError
 from qsnapd.model.plan import CheckpointPlan, ClonePlan, JournalEntry, Restore, RevertPlan
+from qsnapd.qmp.agent import GuestAgent
 from qsnapd.snapshot.clone import finish_clone, settle_clone
-from qsnapd.snapshot.create import settle_committed
+from qsnapd.snapshot.create import is_committed, settle_committed
+from qsnapd.snapshot.halt import end_vm
 from qsnapd.snapshot.merge import merge_offline
+from qsnapd.snapshot.rescuing import free_guest
 from qsnapd.snapshot.revert import give_up_revert, is_same, undo_revert
 from qsnapd.snapshot.start import runs_by
 from qsnapd.snapshot.switch import drop_revert, finish_return, finish_revert, settle_revert
+from qsnapd.snapshot.thaw import may_be_frozen, thaw_owed
 from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
+from qsnapd.store.owed_thaw import forget_owed_thaw, read_owed_thaw
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
+from qsnapd.vm.identity import identify
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.proc import find_launched
-from qsnapd.vm.process import kill, wait_gone
+from qsnapd.vm.process import kill, still_runs, wait_gone
+
+THAW_LIMIT_S = 10.0
+"""Meanwhile the VM is not attached yet."""
+
+_log = logging.getLogger(__name__)
 
 
 async def recover(
-    vm: AttachedVm, store: VmStore, *, qemu_img: str, launcher: Launcher
+    vm: AttachedVm,
+    store: VmStore,
+    *,
+    qemu_img: str,
+    launcher: Launcher,
+    agent: GuestAgent | None = None,
 ) -> str | None:
     """Finish or undo what the journals tell of, on a VM just attached; returns it in words.
 
@@ -32,13 +50,35 @@ async def recover(
       the QEMU had not loaded its memory, and was ended: `Switch.go_on` starts another.
     """
     done = (
-        await _recover_checkpoint(vm, store, qemu_img),
+        await _recover_checkpoint(vm, store, qemu_img, launcher, agent),
         await _recover_revert(vm, store),
         await _recover_clone(vm, store),
     )
     if done[1]:
         await launcher.abandon()
     return "; ".join(words for words in done if words) or None
+
+
+async def rescue_left(store: VmStore) -> str | None:
+    """Free a guest that QEMU has frozen when the drain of its save died with a former daemon.
+
+    Needs no monitor: that is often frozen with the guest. All else is left to `recover`.
+    Preconditions: no job of this daemon changes the VM.
+    Returns what was done, in words; None if there was nothing to do. Idempotent.
+    Raises: GuestLeftPaused: it could not be freed. VmError, StoreError.
+    """
+    entry = await trio.to_thread.run_sync(store.journal.read)
+    if entry is None or not isinstance(plan := entry.plan, CheckpointPlan):
+        return None
+    if not plan.drained or is_committed(plan, store):
+        return None
+    try:
+        identity = await trio.to_thread.run_sync(identify, entry.pid)
+        if identity.start_time_ticks != entry.start_time_ticks:
+            return None
+        return await free_guest(plan.vm, identity)
+    except SessionLost:
+        return None  # it has ended
 
 
 async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
@@ -53,7 +93,17 @@ async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
         await _recover_dead_revert(store),
         await _recover_clone(None, store),
     )
+    await trio.to_thread.run_sync(_forget_thaw_of_the_dead, store)
     return "; ".join(words for words in done if words) or None
+
+
+def _forget_thaw_of_the_dead(store: VmStore) -> None:
+    try:
+        owed = read_owed_thaw(store)
+        if owed is not None and not still_runs(owed.pid, owed.start_time_ticks):
+            forget_owed_thaw(store)
+    except StoreError as exc:
+        _log.warning("VM %s: %s", store.vm, exc)
 
 
 async def unfinished_revert(store: VmStore) -> JournalEntry | None:
@@ -68,7 +118,9 @@ def is_to_go_on(entry: JournalEntry) -> bool:
     return isinstance(plan, RevertPlan) and plan.no_return and plan.let_go is None
 
 
-async def _recover_checkpoint(vm: AttachedVm, store: VmStore, qemu_img: str) -> str | None:
+async def _recover_checkpoint(
+    vm: AttachedVm, store: VmStore, qemu_img: str, launcher: Launcher, agent: GuestAgent | None
+) -> str | None:
     entry = await trio.to_thread.run_sync(store.journal.read)
     if entry is None:
         return None
@@ -76,13 +128,31 @@ async def _recover_checkpoint(vm: AttachedVm, store: VmStore, qemu_img: str) -> 
         return await _recover_dead_checkpoint(store, qemu_img)
     plan = entry.plan
     assert isinstance(plan, CheckpointPlan)
-    if plan.name in store.snapshots():
-        await give_back_run_state(vm, plan)
-        await settle_committed(vm, plan, store)
+    if plan.agent is not None:
+        await _thaw(vm, plan, store, agent)
+    if is_committed(plan, store):
+        # A guest that was to be ended, and has been let go since, has worked on.
+        if is_ended := plan.halts and not vm.tracker.running:
+            await end_vm(vm, launcher)
+        else:
+            await give_back_run_state(vm, plan)
+        await settle_committed(vm, plan, store, is_ended=is_ended)
         return f"finished the snapshot {plan.name}, which a former daemon had committed"
-    await put_back(vm, entry)
+    done = await put_back(vm, entry)
     await _forget(plan, store)
-    return f"undid the unfinished snapshot {plan.name} of a former daemon"
+    words = f"undid the unfinished snapshot {plan.name} of a former daemon"
+    return f"{words}. {done}" if done else words
+
+
+async def _thaw(
+    vm: AttachedVm, plan: CheckpointPlan, store: VmStore, agent: GuestAgent | None
+) -> None:
+    """Thaw the guest before all that may take long; what fails is left to the daemon's `Thawer`."""
+    await give_back_run_state(vm, plan)  # a guest that stands still thaws nothing
+    try:
+        await thaw_owed(vm, store, agent, limit_s=THAW_LIMIT_S)
+    except QsnapError as exc:
+        _log.warning("VM %s: %s (%s)", vm.name, may_be_frozen(vm.name), exc)
 
 
 async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
@@ -91,8 +161,9 @@ async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
         return None
     plan = entry.plan
     assert isinstance(plan, CheckpointPlan)
-    if plan.name in store.snapshots():
-        await trio.to_thread.run_sync(store.set_current, plan.name)
+    if is_committed(plan, store):
+        if plan.keeps_metadata:
+            await trio.to_thread.run_sync(store.set_current, plan.name)
         await trio.to_thread.run_sync(store.journal.clear)
         return f"finished the snapshot {plan.name}, whose QEMU has ended"
     await _merge_overlays(plan, entry, qemu_img=qemu_img)
@@ -102,7 +173,7 @@ async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
 
 
 async def _merge_overlays(plan: CheckpointPlan, entry: JournalEntry, *, qemu_img: str) -> None:
-    inodes = frozenset(file.inode for file in entry.made)
+    inodes = frozenset(file.inode for file in (*entry.made, *entry.given))
     for pivot in plan.pivots:
         try:
             await merge_offline(pivot, inodes, qemu_img=qemu_img)

@@ -5,6 +5,8 @@ kept as a snapshot, before the old QEMU is ended. That is the point of no return
 on (`switch`) the revert is not cancelled any more.
 """
 
+import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from qsnapd.errors import (
     Blocked,
     CapabilityMissing,
     Effect,
+    ImageInvalid,
     QsnapError,
     RequestError,
     SessionLost,
@@ -21,12 +24,14 @@ from qsnapd.errors import (
     WrongState,
 )
 from qsnapd.image.files import identity
+from qsnapd.image.qcow2 import is_blank
 from qsnapd.model.plan import JournalEntry, Restore, RevertPlan
-from qsnapd.model.request import CreateRequest, RevertRequest
-from qsnapd.model.snapshot import Manifest, Strategy
+from qsnapd.model.request import CreateRequest, DiskRequest, RevertRequest
+from qsnapd.model.snapshot import FileIdentity, Manifest, Strategy
 from qsnapd.model.state import State
 from qsnapd.snapshot.create import Checkpoint
 from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.left_out import is_left_out_of
 from qsnapd.snapshot.preflight import preflight
 from qsnapd.snapshot.revert_plan import plan_return, plan_revert, require_no_qemu
 from qsnapd.snapshot.start import Seat, look_after, make_files
@@ -73,11 +78,14 @@ class Revert:
         seat = self._seat
         vm = seat.attached
         manifest = seat.store.manifest(request.name)
+        present = await read_disks(vm.session, vm.identity.pid) if vm else ()
         found = await preflight(
             manifest,
             qemu_img=self._qemu_img,
             force=request.force,
             frees_bytes=resident_bytes(vm.identity.pid) if vm else 0,
+            others=seat.store.snapshots().values(),
+            present=present,
         )
         if vm is None:
             require_no_qemu(seat.name, seat.qmp)
@@ -94,9 +102,12 @@ class Revert:
             left = Left()
             if vm is not None:
                 if not request.discard:
-                    entry, left = await self._keep(vm, entry)
+                    leaves = [d.target for d in present if is_left_out_of(d, manifest)]
+                    entry, left = await self._keep(vm, entry, leaves)
                 else:
                     left = Left(disks=await _disks_in_use(vm))
+            else:
+                left = await trio.to_thread.run_sync(_never_started, seat.store)
             await seat.launcher.prepare(plan.launch, lasting=not plan.starts)
             entry = await self._commit_to_it(vm, entry)
         except BaseException as exc:
@@ -125,9 +136,12 @@ class Revert:
     async def _write(self, entry: JournalEntry) -> None:
         await trio.to_thread.run_sync(self._seat.store.restoring.write, entry)
 
-    async def _keep(self, vm: AttachedVm, entry: JournalEntry) -> tuple[JournalEntry, Left]:
+    async def _keep(
+        self, vm: AttachedVm, entry: JournalEntry, leaves: Sequence[str]
+    ) -> tuple[JournalEntry, Left]:
         """Make a snapshot of the state that is about to be left; the guest stands afterwards.
 
+        It *leaves* out the disks that the VM goes on with as they are.
         Raises: what taking a checkpoint raises, with the hint that --discard gives it up.
         """
         plan = entry.plan
@@ -136,6 +150,7 @@ class Revert:
             description=f"the state that was left by reverting to {plan.name}",
             strategy=Strategy.STOPPED,
             hash_memory=False,
+            disks=tuple(DiskRequest(target=target, snapshot="no") for target in leaves),
         )
         entry = _changed(entry, holds=True)
         await self._write(entry)
@@ -206,6 +221,33 @@ class Revert:
         self._job.effect = effect
         if isinstance(cause, QsnapError):
             cause.effect = effect
+
+
+def _never_started(store: VmStore) -> Left:
+    """What the VM, which an earlier revert has left shut off, was to be started on. Blocks."""
+    entry = store.next_start.read()
+    if entry is None or not isinstance(entry.plan, Restore):
+        return Left()
+    made = {(file.device, file.inode) for file in entry.made}
+    unused, disks = list[FileIdentity](), list[str]()
+    for overlay in entry.plan.overlays:
+        try:
+            descriptor = os.open(
+                overlay.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
+        except OSError:
+            continue
+        try:
+            file = identity(descriptor)
+            if (file.device, file.inode) in made and is_blank(descriptor):
+                unused.append(file)
+            else:  # somebody has started it after all
+                disks.append(overlay.path)
+        except (OSError, ImageInvalid):
+            disks.append(overlay.path)
+        finally:
+            os.close(descriptor)
+    return Left(unused=tuple(unused), disks=tuple(disks))
 
 
 def _changed(entry: JournalEntry, **what: object) -> JournalEntry:

@@ -14,7 +14,7 @@ from qsnapd.model.launch import LaunchInfo, NewOverlay
 from qsnapd.model.plan import Launch, Loading, OverlayPlan, Restore, RevertPlan
 from qsnapd.model.request import Memory, RestoreRequest, RevertRequest
 from qsnapd.model.snapshot import DiskLayer, ImageFormat, Manifest
-from qsnapd.snapshot.plan import AFTER, image_stem
+from qsnapd.snapshot.plan_disks import AFTER, folder_for_overlays, image_stem
 from qsnapd.vm.apart_seen import renew_generation_id
 from qsnapd.vm.identity import key_of
 from qsnapd.vm.kept_ram import kept_ram_files, require_emptiable
@@ -144,10 +144,17 @@ def describe_launch(
 def read_manifest_line(
     manifest: Manifest, images: Sequence[str], parent: Parent = NOBODY
 ) -> CommandLine:
-    """The recorded command line with each disk on the image given for it. Raises: Blocked."""
+    """The recorded command line with each disk on the image given for it. Raises: Blocked.
+
+    Disks that the snapshot leaves out are on the images that they were on.
+    """
     disks = [
         MovedDisk(target=disk.target, chain=(*disk.chain, *disk.known_as), overlay=image)
         for disk, image in zip(manifest.disks, images, strict=True)
+    ]
+    disks += [
+        MovedDisk(disk.target, (*disk.chain, *disk.known_as), disk.frozen, stays=True)
+        for disk in manifest.left_out
     ]
     machine = manifest.machine
     return read_command_line(machine.process, machine, disks, identify=key_of, parent=parent)
@@ -219,9 +226,8 @@ def _map(
 
 def plan_overlay(disk: DiskLayer, snapshot: str, token: str) -> OverlayPlan:
     """The overlay that a restored QEMU writes to, beside the frozen image."""
-    frozen = Path(disk.frozen)
-    name = f"{image_stem(frozen)}{AFTER}{snapshot}.{disk.target}-{token}.qcow2"
-    return overlay_at(frozen.with_name(name), disk)
+    name = f"{image_stem(Path(disk.frozen))}{AFTER}{snapshot}.{disk.target}-{token}.qcow2"
+    return overlay_at(folder_for_overlays(disk) / name, disk)
 
 
 def overlay_at(path: Path, disk: DiskLayer) -> OverlayPlan:

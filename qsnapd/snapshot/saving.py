@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import trio
 
-from qsnapd.errors import CaptureFailed
+from qsnapd.errors import CaptureFailed, Effect, ReplyTimeout
 from qsnapd.model.job import Progress
 from qsnapd.qmp.migration import MigrationInfo, QueryMigrate
 from qsnapd.qmp.session import QmpSession
@@ -15,21 +15,38 @@ PROGRESS_EVERY_S = 0.2
 Watcher = Callable[[MigrationInfo], None]
 
 
-async def wait_saved(session: QmpSession, *until: str, watcher: Watcher) -> MigrationInfo:
+async def wait_saved(
+    session: QmpSession,
+    *until: str,
+    watcher: Watcher,
+    answer_limit_s: float = QueryMigrate.timeout_s,
+) -> MigrationInfo:
     """Follow the migration until its status is one of *until*; tell *watcher* each look.
 
     Cancellation: the migration goes on.
-    Raises: CaptureFailed: it failed, or somebody cancelled it. What *watcher* raises.
+    Raises: CaptureFailed: it failed, or somebody cancelled it. ReplyTimeout: QEMU is silent for
+      *answer_limit_s*. What *watcher* raises.
     """
     with session.watch("MIGRATION") as events:
         while True:
-            info = await session.execute(QueryMigrate())
+            info = await ask(session, limit_s=answer_limit_s)
             if info.status in until:
                 return info
             require_alive(info)
             watcher(info)
             with trio.move_on_after(PROGRESS_EVERY_S):
                 await events.receive()
+
+
+async def ask(session: QmpSession, *, limit_s: float) -> MigrationInfo:
+    """How the migration is. Raises: ReplyTimeout: QEMU is silent for *limit_s*. QMP's errors."""
+    try:
+        with trio.fail_after(limit_s):
+            return await session.execute(QueryMigrate())
+    except trio.TooSlowError:
+        raise ReplyTimeout(
+            f"QEMU did not answer {QueryMigrate.name} within {limit_s:g} s", effect=Effect.UNKNOWN
+        ) from None
 
 
 def require_alive(info: MigrationInfo) -> None:

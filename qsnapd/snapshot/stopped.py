@@ -1,6 +1,7 @@
 """Strategy `stopped`: stop, pivot, save, cont. The guest stands still for the whole save."""
 
 from qsnapd.snapshot.capture import Capture, Stopwatch
+from qsnapd.snapshot.hold import hold_for_storage
 from qsnapd.snapshot.saving import wait_saved
 
 
@@ -14,6 +15,7 @@ async def capture_stopped(capture: Capture) -> None:
         await capture.halt()
         watch = Stopwatch()
         await capture.pivot()
+        await hold_for_storage(capture)
         await capture.begin_saving()
         info = await wait_saved(capture.vm.session, "completed", watcher=capture.watch)
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)

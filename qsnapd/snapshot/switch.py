@@ -27,6 +27,7 @@ from qsnapd.model.plan import JournalEntry, Restore, RevertPlan
 from qsnapd.model.snapshot import FileIdentity, Manifest
 from qsnapd.model.state import Condition
 from qsnapd.qmp.commands import Quit
+from qsnapd.snapshot.former_names import note_made
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.revert_plan import require_no_qemu
 from qsnapd.snapshot.start import Seat, make_view_again, start
@@ -71,10 +72,10 @@ class Switch:
         if vm is not None:
             if not plan.starts:
                 await seat.launcher.keep_off()
-            await end_qemu(vm)
-            with trio.move_on_after(DETACH_LIMIT_S):  # its process is gone: this cannot be long
-                await seat.wait_detached()
-            seat.tracker.on_exit(Condition.SHUTOFF_FROM_SNAPSHOT)
+            with seat.tracker.ending(Condition.SHUTOFF_FROM_SNAPSHOT):
+                await end_qemu(vm)
+                with trio.move_on_after(DETACH_LIMIT_S):  # its process is gone: it cannot be long
+                    await seat.wait_detached()
         await self._start(entry)
 
     async def go_on(self, entry: JournalEntry) -> Manifest:
@@ -227,6 +228,8 @@ async def settle_revert(plan: Restore, store: VmStore) -> None:
     if plan.loading is not None and plan.loading.view is not None:
         await trio.to_thread.run_sync(Path(plan.loading.view).unlink, True)
     await trio.to_thread.run_sync(store.set_current, plan.name)
+    if (entry := await trio.to_thread.run_sync(store.restoring.read)) is not None:
+        await trio.to_thread.run_sync(note_made, store.made, plan.overlays, entry.made)
     if not isinstance(plan, RevertPlan) or plan.starts:  # how it was to start before is void
         await trio.to_thread.run_sync(store.next_start.clear)
     await trio.to_thread.run_sync(store.restoring.clear)

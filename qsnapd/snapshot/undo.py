@@ -7,6 +7,8 @@ journal of one that was killed; doing it twice changes nothing.
 
 import errno
 import logging
+import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import trio
 
 from qsnapd.errors import CommandRefused, Effect, GuestLeftPaused, StoreError, VmError
 from qsnapd.image.files import remove_if_ours
-from qsnapd.model.plan import CheckpointPlan, JournalEntry, OverlayPlan, PivotPlan
+from qsnapd.model.plan import CheckpointPlan, JournalEntry, OverlayPlan, PivotPlan, Place
 from qsnapd.model.state import Condition
 from qsnapd.qmp.block import (
     BlockCommit,
@@ -36,6 +38,7 @@ from qsnapd.qmp.migration import (
     QueryMigrateCapabilities,
 )
 from qsnapd.qmp.session import QmpSession
+from qsnapd.snapshot.rescuing import make_save_again, settle_drained
 from qsnapd.vm.attached import AttachedVm
 
 CANCEL_PATIENCE_S = 1.0
@@ -48,31 +51,41 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _log = logging.getLogger(__name__)
 
 
-async def put_back(vm: AttachedVm, entry: JournalEntry) -> None:
+async def put_back(vm: AttachedVm, entry: JournalEntry) -> str | None:
     """Make VM and files as if the checkpoint of *entry* had never been asked for.
 
     The guest comes first: it runs again before the disks are merged back.
 
-    On success: no overlay, node, descriptor set, changed capability or file is left.
+    On success: no overlay, node, descriptor set, changed capability or file is left. Returns
+      what else had to be done for the guest to run, in words (`rescuing`).
     Raises: GuestLeftPaused: the guest ran and cannot be resumed. SessionLost and other
       VmErrors: not finished; calling it again with the same entry is right.
     """
     plan = entry.plan
     assert isinstance(plan, CheckpointPlan)
-    await settle_migration(vm.session, plan)
+    done = await settle_migration(vm, plan)
     await give_back_run_state(vm, plan)
     await _unpivot(vm.session, plan)
+    if plan.drained:
+        await make_save_again(vm, plan)
     await release_qemu(vm.session, plan)
     for pivot in plan.pivots:
         await _remove_node(vm.session, pivot)
     await trio.to_thread.run_sync(remove_files, entry)
+    return done
 
 
-async def settle_migration(session: QmpSession, plan: CheckpointPlan) -> None:
+async def settle_migration(vm: AttachedVm, plan: CheckpointPlan) -> str | None:
     """Return when no migration of ours is under way any more, by cancelling or by waiting.
 
-    Cancelling is right only where QEMU survives it; elsewhere the save runs to its end.
+    Cancelling is right only where QEMU survives it; elsewhere the save runs to its end. Returns
+    what had to be done to the guest for that, in words.
     """
+    if plan.disk_only:
+        return None
+    if plan.drained:
+        return await settle_drained(vm, plan)
+    session = vm.session
     with session.watch("MIGRATION") as events:
         cancelled_s: float | None = None
         while (await session.execute(QueryMigrate())).active:
@@ -83,6 +96,7 @@ async def settle_migration(session: QmpSession, plan: CheckpointPlan) -> None:
                 await _kick(session)
             with trio.move_on_after(LOOK_EVERY_S):
                 await events.receive()
+    return None
 
 
 async def _kick(session: QmpSession) -> None:
@@ -100,7 +114,7 @@ async def give_back_run_state(vm: AttachedVm, plan: CheckpointPlan) -> None:
 
     Raises: GuestLeftPaused: it cannot be made to.
     """
-    if not vm.tracker.is_to_run(ran_before=plan.was_running):
+    if not plan.stops_guest or not vm.tracker.is_to_run(ran_before=plan.was_running):
         return
     try:
         await vm.ensure_running()
@@ -193,6 +207,8 @@ async def _remove_fdset(session: QmpSession, fdset_id: int, path: str) -> None:
 
 async def release_qemu(session: QmpSession, plan: CheckpointPlan) -> None:
     """Take back the memory descriptor, the capabilities and the parameters."""
+    if plan.memory_file is None:
+        return
     if plan.memory_fdset_id is not None and not plan.drained:
         await _remove_fdset(session, plan.memory_fdset_id, plan.memory_file)
     else:
@@ -217,12 +233,34 @@ def remove_files(entry: JournalEntry) -> None:
         _remove_temporary(Path(overlay.partial))
         for device, inode in made:
             remove_if_ours(Path(overlay.path), device, inode)
+        if overlay.place is Place.EMPTY:
+            _empty_again(overlay, entry)
     if isinstance(plan, CheckpointPlan):
-        _remove_temporary(Path(plan.memory_partial))
-        for device, inode in made:
-            remove_if_ours(Path(plan.memory_file), device, inode)
+        if plan.memory_file is not None and plan.memory_partial is not None:
+            _remove_temporary(Path(plan.memory_partial))
+            for device, inode in made:
+                remove_if_ours(Path(plan.memory_file), device, inode)
     elif plan.loading is not None and plan.loading.view is not None:
         _remove_temporary(Path(plan.loading.view))
+
+
+def _empty_again(overlay: OverlayPlan, entry: JournalEntry) -> None:
+    """Take out of somebody's file what was put there."""
+    given = {(file.device, file.inode) for file in entry.given}
+    try:
+        fd = os.open(overlay.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (*_NOT_THERE, errno.ELOOP):
+            return
+        raise StoreError(
+            f"cannot empty {overlay.path}: {exc.strerror}", effect=Effect.PARTIAL
+        ) from exc
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) in given and stat.S_ISREG(status.st_mode):
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
 
 
 def _overlays(entry: JournalEntry) -> tuple[OverlayPlan, ...]:

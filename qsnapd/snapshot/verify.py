@@ -14,7 +14,7 @@ from qsnapd.model.snapshot import DiskLayer, Manifest, MemoryImage
 from qsnapd.model.verification import Check, Outcome, Verification
 from qsnapd.snapshot.chains import check_image, read_chain, wrong_with_chain
 from qsnapd.snapshot.differences import Difference
-from qsnapd.snapshot.intact import check_memory, wrong_files
+from qsnapd.snapshot.intact import check_memory, require_usable, wrong_files
 from qsnapd.snapshot.preflight import check_host_memory, free_memory_bytes
 from qsnapd.snapshot.rehearsal import rehearse
 
@@ -26,7 +26,10 @@ async def verify_snapshot(
 
     The VM, which may be running, is not touched. *directory*: see `rehearse`.
     Cancellation: at any time; nothing is left.
+    Raises: WrongState: it is being deleted, and *deep* is asked for.
     """
+    if deep:
+        require_usable(manifest)
     checks = [check async for check in _all_checks(manifest, deep, directory, qemu_img)]
     return Verification(
         vm=manifest.vm,
@@ -48,6 +51,9 @@ async def _all_checks(
     for disk in manifest.disks:
         for check in await _check_disk(disk, manifest, lost, qemu_img):
             yield check
+    for left in manifest.left_out:
+        detail = f"it is not part of the snapshot; it was on {left.frozen}"
+        yield Check(what=f"disk {left.target}", outcome=Outcome.UNCHECKED, detail=detail)
     if deep and memory is not None:
         yield await _check_by_loading(manifest, directory, qemu_img)
 

@@ -9,7 +9,7 @@ whoever maps a memory image is found without any record.
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from qsnapd.errors import StoreError, WrongState
+from qsnapd.errors import ManifestInvalid, StoreError, WrongState
 from qsnapd.image.files import replace_file
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
@@ -60,19 +60,51 @@ class Leases:
         self._path = directory / LEASES_NAME
         self._changing = Lock()
         self._readers: list[tuple[str, str]] = []
+        self._changed: dict[str, str] = {}
 
     @contextmanager
     def reading(self, snapshot: str, what: str) -> Iterator[None]:
         """Keep the files of *snapshot* for the block, in which this daemon reads them.
 
         *what* is it that does so, e.g. "an export".
+        Raises: WrongState: they are being changed.
         """
+        if (changer := self._changed.get(snapshot)) is not None:
+            raise WrongState(
+                f"snapshot {snapshot} of VM {self._vm} cannot be read right now: {changer}"
+            )
         reader = (snapshot, what)
         self._readers.append(reader)
         try:
             yield
         finally:
             self._readers.remove(reader)
+
+    @contextmanager
+    def changing(self, snapshots: Iterable[str], what: str) -> Iterator[None]:
+        """Keep readers from the files of *snapshots* for the block, in which they change.
+
+        *what* is a clause that says why, e.g. "s is being deleted".
+        Raises: WrongState: this daemon reads them.
+        """
+        names = set(snapshots)
+        for name in sorted(names):
+            self.require_unread(name)
+        self._changed |= dict.fromkeys(names, what)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._changed.pop(name, None)
+
+    def require_unread(self, snapshot: str) -> None:
+        """Raise WrongState if this daemon is within a block of `reading` for *snapshot*."""
+        readers = [what for name, what in self._readers if name == snapshot]
+        if readers:
+            raise WrongState(
+                f"snapshot {snapshot} of VM {self._vm} is in use: {', '.join(readers)} reads its "
+                "files"
+            )
 
     def hold(
         self, snapshot: str, holder: str, pid: int, start_time_ticks: int, *, mapped: bool
@@ -99,6 +131,42 @@ class Leases:
             if kept != known:
                 self._write(kept)
 
+    def rename(self, snapshot: str, new_name: str) -> None:
+        """Whoever runs on *snapshot* runs on what is called so now. Raises: StoreError."""
+        with self._changing:
+            known = self._true()
+            if any(lease.snapshot == snapshot for lease in known):
+                update = {"snapshot": new_name}
+                self._write(
+                    tuple(
+                        lease.model_copy(update=update) if lease.snapshot == snapshot else lease
+                        for lease in known
+                    )
+                )
+
+    def forget(self, snapshot: str) -> None:
+        """Forget all leases of a snapshot that is gone. Raises: StoreError."""
+        with self._changing:
+            known = self._read()
+            if any(lease.snapshot == snapshot for lease in known):
+                self._write(tuple(lease for lease in known if lease.snapshot != snapshot))
+
+    def prune(self) -> None:
+        """Forget what ended processes held; what is not understood, too. Raises: StoreError."""
+        with self._changing:
+            self._write(self._true())
+
+    def recorded(self) -> tuple[Lease, ...]:
+        """All leases that are written down, true or not.
+
+        Raises: ManifestInvalid: they are not understood. StoreError.
+        """
+        try:
+            return self._load()
+        except ValidationError as exc:
+            words = f"{self._path} is not understood: {exc.errors()[0]['msg']}"
+            raise ManifestInvalid(words) from exc
+
     def all(self) -> tuple[Lease, ...]:
         """The leases whose processes live, oldest first. Raises: StoreError."""
         return self._true()
@@ -107,9 +175,12 @@ class Leases:
         """The leases of *snapshot* whose processes live, oldest first. Raises: StoreError."""
         return tuple(lease for lease in self._true() if lease.snapshot == snapshot)
 
-    def require_unused(self, snapshot: str, image: Path | None) -> None:
+    def require_unused(
+        self, snapshot: str, image: Path | None, *, may_use_disks: str | None = None
+    ) -> None:
         """Return if nothing that runs needs the files of *snapshot*.
 
+        But the disks of the VM *may_use_disks* may lie over its own.
         *image*: its memory image, if it has one; whoever maps it counts, leased or not.
         Preconditions: no job that could start a VM from it is under way. Blocks: looks at
         every process of the host that may be looked at.
@@ -119,6 +190,7 @@ class Leases:
             lease.pid: f"VM {lease.holder} (pid {lease.pid}) runs on "
             + ("its memory image and its disks" if lease.mapped else "its disks")
             for lease in self.holders(snapshot)
+            if lease.mapped or lease.holder != may_use_disks
         }
         for pid in mapped_by(image) if image is not None else ():
             users.setdefault(pid, f"process {pid} ({_program(pid)}) maps its memory image")
@@ -134,15 +206,19 @@ class Leases:
 
     def _read(self) -> tuple[Lease, ...]:
         try:
+            return self._load()
+        except ValidationError as exc:
+            # What is mapped is found without it; the next lease replaces it.
+            _log.warning("%s is not understood and ignored: %s", self._path, exc.errors()[0]["msg"])
+            return ()
+
+    def _load(self) -> tuple[Lease, ...]:
+        try:
             return _LEASES.validate_json(self._path.read_bytes())
         except FileNotFoundError:
             return ()
         except OSError as exc:
             raise StoreError(f"cannot read {self._path}: {exc.strerror}") from exc
-        except ValidationError as exc:
-            # What is mapped is found without it; the next lease replaces it.
-            _log.warning("%s is not understood and ignored: %s", self._path, exc.errors()[0]["msg"])
-            return ()
 
     def _write(self, leases: tuple[Lease, ...]) -> None:
         records: list[Any] = _LEASES.dump_python(leases, mode="json")

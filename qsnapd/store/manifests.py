@@ -1,14 +1,10 @@
 """Reading and writing `snapshot.json`: what is not understood to the last field is refused."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from qsnapd.errors import ManifestInvalid, ManifestTooNew
-from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
+from qsnapd.model.parsing import parse_manifest
+from qsnapd.model.snapshot import Manifest
 
 MANIFEST_NAME = "snapshot.json"
 _LIMIT_BYTES = 16 << 20
@@ -21,27 +17,7 @@ def read_manifest(path: Path) -> Manifest:
     field that nobody knows; the message names file and field. OSError.
     """
     with path.open("rb") as file:
-        text = file.read(_LIMIT_BYTES)
-    try:
-        parsed: Any = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise ManifestInvalid(f"{path} is damaged: it is not valid JSON") from exc
-    # Before anything else: a newer format may look in any way.
-    number = parsed.get("format") if isinstance(parsed, dict) else None
-    if type(number) is not int or number < 1:
-        raise ManifestInvalid(f"{path} is damaged: it does not tell its format")
-    if number > MANIFEST_FORMAT:
-        raise ManifestTooNew(
-            f"{path} has format {number}, this qsnapd reads up to {MANIFEST_FORMAT}: "
-            "a newer version wrote it"
-        )
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        cause = "is unknown" if first["type"] == "extra_forbidden" else f": {first['msg']}"
-        raise ManifestInvalid(f"{path} cannot be used: field {field!r} {cause}") from exc
+        return parse_manifest(file.read(_LIMIT_BYTES), str(path))
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

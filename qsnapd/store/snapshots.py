@@ -5,9 +5,15 @@ STATE_DIR/VM/NAME/memory.img       unless the memory was put elsewhere
 STATE_DIR/VM/.NAME.partial/        the same while it is being taken
 STATE_DIR/VM/.journal.json         while a snapshot is being taken
 STATE_DIR/VM/.restoring.json       while the VM is being put back to one
+STATE_DIR/VM/.thaw-owed.json       while the guest's file systems may be frozen by us
 STATE_DIR/VM/.next-start.json      how the VM is started next, if a revert left it shut off
 STATE_DIR/VM/.current              the name of the current snapshot
 STATE_DIR/VM/.leases.json          who runs on the snapshots' files
+STATE_DIR/VM/.made.json            the disk images that qsnapd has made
+STATE_DIR/VM/.deleting.json        while a snapshot is being deleted
+STATE_DIR/VM/.renaming.json        while a snapshot is getting another name
+STATE_DIR/VM/.NAME.removed/        a snapshot that is gone, but for some of its files
+STATE_DIR/VM/.forgotten/           what snapshots were of which only the record was deleted
 STATE_DIR/VM/.state.json           what the daemon knew of the VM when it last ran
 """
 
@@ -16,6 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from threading import Lock
 
@@ -28,12 +35,19 @@ from qsnapd.errors import (
 )
 from qsnapd.image.files import sync_directory
 from qsnapd.model.names import check_name
-from qsnapd.model.snapshot import Manifest
+from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
+from qsnapd.store.deletions import DELETION_NAME, DeletionJournal
 from qsnapd.store.journal import Journal
 from qsnapd.store.leases import Leases
+from qsnapd.store.made import Made
 from qsnapd.store.manifests import MANIFEST_NAME, read_manifest, write_manifest
+from qsnapd.store.shared_files import SharedFiles
 
 _PARTIAL = ".partial"
+_REMOVED = ".removed"
+_FORGOTTEN = ".forgotten"
+_OWN_FILES = (MANIFEST_NAME, f".{MANIFEST_NAME}.new", "memory.img", ".import.json")
+"""All that qsnapd ever puts into a snapshot's folder."""
 _log = logging.getLogger(__name__)
 
 _Version = tuple[int, int, int]
@@ -56,9 +70,14 @@ class VmStore:
         """Of the job that starts the VM from one: it may take one on its way."""
         self.next_start = Journal(directory / ".next-start.json")
         """Of a VM that was left shut off: how it is to be started next."""
+        self.deletion = DeletionJournal(directory / DELETION_NAME)
+        """Of the job that deletes a snapshot."""
         self.leases = Leases(vm, directory)
         """Who runs on the snapshots' files."""
+        self.made = Made(directory)
+        """The disk images that qsnapd has made."""
         self._known = dict[str, tuple[_Version, Manifest | StoreError]]()
+        self._files = SharedFiles()
         self._refreshing = Lock()
 
     # --- reading -------------------------------------------------------------------------
@@ -91,6 +110,10 @@ class VmStore:
         """The snapshot the VM's disks go on from, if there is one and it still exists."""
         name = self._read(".current")
         return name if name and (self.path(name) / MANIFEST_NAME).exists() else None
+
+    def current_as_written(self) -> str:
+        """What `set_current` was given last, whether it exists or not; empty if nothing."""
+        return self._read(".current")
 
     def recall_state(self) -> str | None:
         """What `remember_state` was given last, by whichever daemon."""
@@ -171,6 +194,75 @@ class VmStore:
             self.path(name).rename(self.partial_path(name))
             sync_directory(self.directory)
 
+    # --- changing and removing -----------------------------------------------------------
+
+    def replace(self, manifest: Manifest) -> None:
+        """Put *manifest* in place of the snapshot's present one: all or nothing, durable.
+
+        Raises: UnknownSnapshot; StoreError.
+        """
+        path = self.path(manifest.name) / MANIFEST_NAME
+        if not path.exists():
+            raise UnknownSnapshot(f"VM {self.vm!r} has no snapshot {manifest.name!r}")
+        draft = path.with_name(f".{MANIFEST_NAME}.new")
+        with self._failing("write"):
+            draft.unlink(missing_ok=True)
+            write_manifest(draft, manifest.model_copy(update={"format": MANIFEST_FORMAT}))
+            draft.rename(path)
+            sync_directory(path.parent)
+
+    def remove(self, name: str) -> Path | None:
+        """Make the snapshot *name* not exist, and remove what lay in its folder; idempotent.
+
+        From the first step on it does not exist. What qsnapd has not put there stays, in a
+        folder that is returned then.
+        """
+        final, removed = self.path(name), self.directory / f".{check_name(name)}{_REMOVED}"
+        with self._failing("remove", Effect.PARTIAL):
+            if final.exists():
+                if removed.exists():  # of an earlier snapshot of this name
+                    removed.rename(self._unused(f".{name}{_REMOVED}"))
+                final.rename(removed)
+                sync_directory(self.directory)
+            if not removed.exists():
+                return None
+            for own in _OWN_FILES:
+                (removed / own).unlink(missing_ok=True)
+            try:
+                removed.rmdir()
+            except OSError:
+                return removed
+            sync_directory(self.directory)
+        return None
+
+    def forget(self, name: str, token: str) -> Path:
+        """Make the snapshot *name* not exist, and keep all its files; returns where they are."""
+        above = self.directory / _FORGOTTEN
+        kept = above / f"{check_name(name)}-{token}"
+        with self._failing("move"):
+            above.mkdir(mode=0o700, exist_ok=True)
+            self.path(name).rename(kept)
+            sync_directory(above)
+            sync_directory(self.directory)
+        return kept
+
+    def forgotten(self) -> tuple[Path, ...]:
+        """The folders that `forget` has made and nobody has taken in again."""
+        with self._failing("read"):
+            above = self.directory / _FORGOTTEN
+            return tuple(sorted(above.iterdir())) if above.exists() else ()
+
+    def drop_forgotten(self, folder: Path) -> None:
+        """Remove what `forget` has kept, if *folder* is that: the snapshot is there again."""
+        if folder.parent == self.directory / _FORGOTTEN:
+            with self._failing("remove"):
+                shutil.rmtree(folder)
+                sync_directory(folder.parent)
+
+    def _unused(self, name: str) -> Path:
+        numbered = (self.directory / f"{name}.{number}" for number in count(1))
+        return next(path for path in numbered if not path.exists())
+
     def set_current(self, name: str | None) -> None:
         """Make *name* the current snapshot, or none; durable on return."""
         self._replace(".current", name or "", durable=True)
@@ -200,7 +292,7 @@ class VmStore:
 
     def _read_one(self, name: str, path: Path) -> Manifest | StoreError:
         try:
-            manifest = read_manifest(path)
+            manifest = self._files.shared_by(read_manifest(path))
         except StoreError as exc:
             return exc
         except FileNotFoundError:

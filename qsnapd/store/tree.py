@@ -14,13 +14,16 @@ Manifests = Mapping[str, Manifest]
 def parents(manifests: Manifests) -> dict[str, str | None]:
     """Each snapshot's parent within the tree, oldest snapshot first."""
     tree = dict[str, str | None]()
+    claimed = set[str | None]()
     for name in sorted(manifests, key=lambda n: (manifests[n].created_at, n)):
         parent = manifests[name].parent
-        ancestor = parent
+        # A circle is closed only by one that an older one says it comes from.
+        ancestor = parent if name in claimed or name == parent else None
         while ancestor is not None and ancestor != name:
             ancestor = tree.get(ancestor)
         broken = parent not in manifests or ancestor == name
         tree[name] = None if broken else parent
+        claimed.add(parent)
     return tree
 
 

@@ -1,6 +1,9 @@
 """The disks of a running VM, as QEMU's block graph tells them."""
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -8,11 +11,12 @@ import trio
 from qsnapd.errors import CommandRefused
 from qsnapd.model.base import Frozen
 from qsnapd.model.snapshot import FileIdentity
-from qsnapd.model.vm import DiskInfo
-from qsnapd.qmp.block import BitmapInfo, BlockInfo, ImageInfo, NodeInfo, QueryBlock
+from qsnapd.model.vm import DeviceKind, DiskInfo
+from qsnapd.qmp.block import BitmapInfo, BlockInfo, NodeInfo, QueryBlock
 from qsnapd.qmp.commands import FdsetInfo, QomGet, QueryFdsets
 from qsnapd.qmp.session import QmpSession
 from qsnapd.vm.identity import plain_name, resolve_image_path
+from qsnapd.vm.layer_names import read_layer_names
 from qsnapd.vm.proc import FileKey, open_files
 
 FDSET_PREFIX = "/dev/fdset/"
@@ -52,6 +56,9 @@ class Disk(Frozen):
     bitmaps: tuple[BitmapInfo, ...]
     left_out: str | None
     """Why snapshots leave it out, if they do."""
+    kind: DeviceKind = "disk"
+    active: bool = True
+    """False: QEMU has let go of it after a migration, and cannot write to it."""
 
     @property
     def path(self) -> str | None:
@@ -65,7 +72,17 @@ class Disk(Frozen):
         )
 
     def info(self) -> DiskInfo:
+        """What clients see. Blocks: looks at the file."""
+        status = None
+        if self.path is not None:
+            with suppress(OSError):  # gone meanwhile, like the disk perhaps
+                status = os.stat(self.path)
+        is_file = status is not None and stat.S_ISREG(status.st_mode)
         return DiskInfo(
+            type="block" if status is not None and not is_file else "file",
+            device=self.kind,
+            size_bytes=status.st_size if status and is_file else None,
+            allocated_bytes=status.st_blocks * 512 if status and is_file else None,
             target=self.target,
             node=self.node,
             format=self.format,
@@ -81,11 +98,14 @@ async def read_disks(session: QmpSession, pid: int) -> tuple[Disk, ...]:
     devices = await session.execute(QueryBlock())
     fdsets = await session.execute(QueryFdsets())
     types = [await _device_type(session, device) for device in devices]
+    names = await read_layer_names(session, devices)
     files = await trio.to_thread.run_sync(open_files, pid)
     named = {fdset.fdset_id: path for fdset in fdsets if (path := _handed_path(fdset))}
     return tuple(
-        _disk(device, target, partial(_find, pid, files, named))
-        for device, target in zip(devices, assign_targets(devices, types), strict=True)
+        _disk(device, target, _kind(device_type), its_names, partial(_find, pid, files, named))
+        for device, device_type, its_names, target in zip(
+            devices, types, names, assign_targets(devices, types), strict=True
+        )
     )
 
 
@@ -136,18 +156,27 @@ def _find(
     return resolve_image_path(pid, _seen_name(filename, handed), files)
 
 
+def _kind(device_type: str) -> DeviceKind:
+    if device_type.startswith("floppy"):
+        return "floppy"
+    return "cdrom" if device_type.endswith("-cd") else "disk"
+
+
 def _disk(
-    device: BlockInfo, target: str, find: Callable[[str], FileIdentity | None]
+    device: BlockInfo,
+    target: str,
+    kind: DeviceKind,
+    names: Sequence[str],
+    find: Callable[[str], FileIdentity | None],
 ) -> Disk:
     node = device.inserted
-    images = _images(node.image) if node else []
     chain = []
-    for image in images:
-        identity = find(image.filename)
+    for name in names:
+        identity = find(name)
         if identity is None:
             break
         chain.append(identity)
-    specific = (images[0].format_specific or {}) if images else {}
+    specific = (node.image.format_specific or {}) if node else {}
     return Disk(
         target=target,
         device=device.device,
@@ -156,7 +185,7 @@ def _disk(
         format=node.driver if node else "",
         filename=node.image.filename if node else "",
         chain=tuple(chain),
-        depth=len(images),
+        depth=len(names),
         virtual_size_bytes=node.image.virtual_size_bytes if node else 0,
         cluster_size_bytes=node.image.cluster_size_bytes if node else None,
         extended_l2=bool(specific.get("data", {}).get("extended-l2", False)),
@@ -165,14 +194,9 @@ def _disk(
         detect_zeroes=node.detect_zeroes if node else "off",
         bitmaps=node.dirty_bitmaps if node else (),
         left_out=_reason_to_leave_out(device, node),
+        kind=kind,
+        active=node is None or node.active,
     )
-
-
-def _images(image: ImageInfo) -> list[ImageInfo]:
-    images = [image]
-    while images[-1].backing_image is not None:
-        images.append(images[-1].backing_image)
-    return images
 
 
 def _seen_name(filename: str, handed: Mapping[int, str]) -> str:

@@ -77,6 +77,8 @@ class MovedDisk:
     """Its recorded images, newest first: the command line names one of them."""
     overlay: str
     """Absolute path of the qcow2 file to use instead."""
+    stays: bool = False
+    """It is to be on the newest of its recorded images, whatever of them is named."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def read_command_line(
     cwd = process.cwd
     disk_options = DiskOptions(options)
     for disk, found in _find(disks, list(disk_options.mentions()), process, identify).items():
-        disk_options.replace(found.mention, disk.overlay)
+        if not (disk.stays and found.rank == 0):
+            disk_options.replace(found.mention, disk.overlay)
         cwd = found.cwd or cwd
     return CommandLine(tuple(_pin_machine(disk_options.options(), machine.type)), cwd)
 
@@ -217,6 +220,8 @@ def _find(
         ]
         newest = min((match.rank for match in matches), default=0)
         best = [match for match in matches if match.rank == newest]
+        if not best and disk.stays:
+            continue  # plugged in by hand, or by the guest's user: not ours to bring back
         if not best:
             raise Blocked(_not_found(disk, process))
         if len(best) > 1:

@@ -44,6 +44,7 @@ class Tracker:
         self._pausing: Condition | None = None
         self._running: Condition | None = None
         self._window: PauseWindow | None = None
+        self._ends_as: Condition | None = None
         self.held_by_user = False
         """The user has suspended the VM, perhaps while a job held it anyway."""
         self.resume_asked = False
@@ -51,6 +52,8 @@ class Tracker:
 
     def on_event(self, event: QmpEvent) -> None:
         """Follow one QEMU event."""
+        if event.name == "SHUTDOWN" and self._ends_as is not None:
+            return  # it is we who end it: no guest is being shut down
         self._announced = pending_after(self._announced, event)
         self.become(
             after_event(
@@ -75,7 +78,7 @@ class Tracker:
 
     def on_exit(self, condition: Condition | None = None) -> None:
         """The process has ended; *condition* if somebody knows why."""
-        self.become(condition or after_exit(self.condition))
+        self.become(condition or self._ends_as or after_exit(self.condition))
 
     def become(self, condition: Condition) -> None:
         """Change the condition and tell the observer, if it is a change."""
@@ -104,6 +107,21 @@ class Tracker:
                 yield window
         finally:
             self._window = None
+
+    @contextmanager
+    def ending(self, condition: Condition) -> Iterator[None]:
+        """During the block we end the process, and the VM is in *condition* once it is gone.
+
+        That holds on success, however late the end is noticed.
+        """
+        self._ends_as = condition
+        try:
+            yield
+        except BaseException:
+            self._ends_as = None
+            raise
+        self.on_exit()
+        self._ends_as = None
 
     @contextmanager
     def resuming(self, reason: Condition) -> Iterator[None]:

@@ -62,6 +62,8 @@ class FakeBlocks:
         self.devices: dict[str, Node] = {}
         """By number of the disk: the node that it uses."""
         self.jobs: dict[str, BlockJob] = {}
+        self.is_confined = False
+        """It can open no file by name, only what it is handed."""
         for name, path in images.items():
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self.nodes[name] = Node(name, path, f"{name}-f", descriptor)
@@ -134,8 +136,14 @@ class FakeBlocks:
         for wanted in (name, file["node-name"]):
             if wanted in known:
                 raise Refusal(f"Duplicate nodes with node-name='{wanted}'")
-        descriptor = self._monitor.open_fdset(file["filename"], os.O_RDWR)
-        self.nodes[name] = Node(name, file["filename"], file["node-name"], descriptor)
+        self.nodes[name] = Node(name, file["filename"], file["node-name"], self._open(file))
+
+    def _open(self, file: dict[str, Any]) -> int:
+        if file["filename"].startswith("/dev/fdset/"):
+            return self._monitor.open_fdset(file["filename"], os.O_RDWR)
+        if self.is_confined:
+            raise Refusal(f"Could not open '{file['filename']}': Permission denied")
+        return os.open(file["filename"], os.O_RDWR | os.O_CLOEXEC)
 
     def _delete(self, arguments: Arguments) -> None:
         node = self._node(arguments["node-name"])

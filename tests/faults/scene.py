@@ -44,18 +44,27 @@ class Case:
     """A kind of checkpoint, on a kind of QEMU."""
 
     version: str
-    strategy: Strategy
+    strategy: Strategy | None
+    """None: disk-only."""
     image_format: ImageFormat | None = None
     status: str = "running"
     disks: int = 1
+    confined: bool = False
+    """QEMU opens no file by name."""
     saving: SavingScript = field(default_factory=SavingScript)
 
     @property
     def request(self) -> CreateRequest:
-        return CreateRequest(name="s1", strategy=self.strategy, image_format=self.image_format)
+        return CreateRequest(
+            name="s1",
+            strategy=self.strategy,
+            image_format=self.image_format,
+            disk_only=self.strategy is None,
+        )
 
     def __str__(self) -> str:
-        words = [self.version, self.strategy, self.image_format, self.status]
+        words = [self.version, self.strategy or "disk-only", self.image_format, self.status]
+        words += ["confined"] if self.confined else []
         return "-".join(word for word in words if word not in (None, "running"))
 
 
@@ -190,12 +199,18 @@ class Scene:
         if (now.capabilities, now.parameters) != (before.capabilities, before.parameters):
             found.append("capabilities or parameters are not as before")
         overlays = {disk.overlay for disk in manifest.disks}
-        if {opaque for fds in now.fdsets.values() for opaque in fds} != overlays:
+        names = [node.filename for node in self.qemu.blocks.nodes.values()]
+        used = {name for name in names if name.startswith("/dev/fdset/")}
+        handed = {opaque for fds in now.fdsets.values() for opaque in fds}
+        if used != {f"/dev/fdset/{number}" for number in now.fdsets} or not handed <= overlays:
             found.append(f"descriptor sets: {now.fdsets}")
         if now.named_descriptors or now.block_jobs or now.saving:
             found.append(f"left over: {now.named_descriptors}, {now.block_jobs}, {now.saving}")
         if self.store.current() != manifest.name:
             found.append(f"current is {self.store.current()}")
+        if manifest.is_disk_only:
+            assert self.qemu.migration.save is None
+            return found
         assert self.qemu.migration.save is not None
         for disk in manifest.disks:
             reads, tick = self.qemu.blocks.nodes[disk.node].reads(), self.qemu.migration.save.tick
@@ -245,6 +260,7 @@ async def open_scene(case: Case) -> AsyncIterator[Scene]:
             nursery.start_soon(qemu.monitor.run)
             try:
                 qemu.migration.script = case.saving
+                qemu.blocks.is_confined = case.confined
                 scene = Scene(case, folder, vm_store, qemu)
                 await scene.attach()
                 yield scene

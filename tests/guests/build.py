@@ -68,7 +68,7 @@ def _compile_slots(program: Path) -> None:
 
 
 def _initrd(slots: Path) -> bytes:
-    modules = _load_order(DRIVERS)
+    modules = load_order(DRIVERS)
     archive = Cpio()
     for folder in ("bin", "dev", "proc", "sys", "modules"):
         archive.add(folder, 0o040755)
@@ -82,7 +82,7 @@ def _initrd(slots: Path) -> bytes:
     return archive.finish()
 
 
-def _load_order(wanted: Iterable[str]) -> dict[str, Path]:
+def load_order(wanted: Iterable[str]) -> dict[str, Path]:
     """Return the kernel modules *wanted* and all they need, each after what it needs."""
     files = {path.stem.replace("-", "_"): path for path in LINUX.glob("lib/modules/**/*.ko")}
     order: dict[str, Path] = {}

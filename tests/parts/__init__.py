@@ -72,6 +72,11 @@ def initrd() -> Path:
     return _existing(CACHE / "guests" / "initrd")
 
 
+def agent_initrd() -> Path:
+    """Return the initial RAM disk of the agent guest: busybox, drivers and qemu-ga."""
+    return _existing(CACHE / "guests-agent" / "initrd")
+
+
 def pages_boot_image() -> Path:
     """Return the raw disk image the pages guest boots from."""
     return _existing(CACHE / "guests" / "pages.img")
@@ -84,6 +89,16 @@ def microvm_firmware() -> Path:
     """
     prefix = find_qemu(BACKPORTS_QEMU).system.parents[1]
     return _existing(prefix / "share" / "seabios" / "bios-microvm.bin")
+
+
+def libvirt_schema() -> Path:
+    """Return libvirt's own schema of a snapshot's XML."""
+    return _existing(libvirt_folder() / "usr/share/libvirt/schemas/domainsnapshot.rng")
+
+
+def libvirt_folder() -> Path:
+    """Return where libvirt's library package is unpacked, if it is."""
+    return CACHE / "libvirt"
 
 
 def qemu_folder(version: str) -> Path:

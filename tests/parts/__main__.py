@@ -10,8 +10,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from tests.guests.agent import PACKAGES_FOLDER, build_agent_guest, unpack_agent
 from tests.guests.build import LINUX, build_guests
-from tests.parts import BACKPORTS_QEMU, CACHE, SYSTEM_QEMU, PartMissing, find_qemu
+from tests.parts import (
+    BACKPORTS_QEMU,
+    CACHE,
+    SYSTEM_QEMU,
+    PartMissing,
+    find_qemu,
+    libvirt_folder,
+)
 from tests.parts.debian import CannotFetch, PrivateApt
 from tests.parts.qemu import unpack_qemu
 from tests.parts.tools import command, install_packages, make_venv, missing_programs, unpack_tools
@@ -47,7 +55,7 @@ def prepare() -> None:
             print(f"fetching {what} ...", flush=True)
             fetch(apt)
         apt.close()
-    if build_guests():
+    if build_guests() | build_agent_guest():
         print("built the guests", flush=True)
 
 
@@ -59,6 +67,10 @@ def missing_downloads() -> dict[str, Callable[[PrivateApt], None]]:
             missing[f"QEMU {version}"] = partial(unpack_qemu, version=version, backports=backports)
     if not LINUX.exists():
         missing["a kernel and busybox for the guest"] = unpack_linux
+    if not PACKAGES_FOLDER.exists():
+        missing["the guest agent"] = unpack_agent
+    if not libvirt_folder().exists():
+        missing["libvirt's schemas"] = unpack_libvirt
     if not all(_present(command, name) for name in missing_programs()):
         missing["compiler and tools"] = unpack_tools
     return missing
@@ -71,6 +83,14 @@ def unpack_linux(apt: PrivateApt) -> None:
     # the cloud kernel is the smallest, and has all that a guest of QEMU needs
     apt.unpack_alone([*apt.dependencies("linux-image-cloud-amd64"), "busybox-static"], unfinished)
     unfinished.rename(LINUX)
+
+
+def unpack_libvirt(apt: PrivateApt) -> None:
+    """Unpack the package of Debian's that has the schemas; nothing in it is ever run."""
+    unfinished = libvirt_folder().with_suffix(".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    apt.unpack_alone(["libvirt0"], unfinished)
+    unfinished.rename(libvirt_folder())
 
 
 def _present(find: Callable[[str], object], name: str) -> bool:

@@ -20,6 +20,8 @@ PROGRAMS = {
     "gcc": ("gcc", "cpp-12", "gcc-12", "libgcc-12-dev", "libc6-dev", "linux-libc-dev"),
     "ld": ("binutils", "binutils-x86-64-linux-gnu"),
     "systemd-analyze": ("systemd",),
+    "mke2fs": ("e2fsprogs",),
+    "e2fsck": ("e2fsprogs",),
 }
 """What we call, and the packages that bring it; those also name what an unpacked program
 looks for beside itself."""
@@ -32,22 +34,28 @@ def command(name: str) -> list[str]:
       PartMissing: it is neither installed nor unpacked.
     """
     if name not in missing_programs():
-        return [name]
-    program = TOOLS / "usr/bin" / name
-    if not program.exists():
+        return [_find(name) or name]
+    places = (TOOLS / folder / name for folder in ("usr/bin", "usr/sbin", "sbin"))
+    program = next((place for place in places if place.exists()), None)
+    if program is None:
         raise PartMissing(name)
     libraries = TOOLS / "usr/lib" / multiarch()
-    places = (libraries, libraries / "systemd", TOOLS / "lib" / multiarch())
+    folders = (libraries, libraries / "systemd", TOOLS / "lib" / multiarch())
     options = [f"--sysroot={TOOLS}", f"-B{TOOLS}/usr/bin"] if name == "gcc" else []
-    search = f"LD_LIBRARY_PATH={':'.join(map(str, places))}"
+    search = f"LD_LIBRARY_PATH={':'.join(map(str, folders))}"
     return ["env", search, str(program), *options]
 
 
 def missing_programs() -> list[str]:
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    missing = [name for name in PROGRAMS if _find(name) is None]
     if "gcc" not in missing and not Path("/usr/include/stdio.h").exists():
         missing.append("gcc")  # a compiler without libc6-dev is none
     return missing
+
+
+def _find(name: str) -> str | None:
+    # a user's PATH may lack the folders of the administrator's programs
+    return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
 
 
 def missing_packages() -> list[str]:

@@ -8,13 +8,13 @@ import pytest
 import trio
 
 from qsnapd.errors import QsnapError
-from qsnapd.model.snapshot import Strategy
-from qsnapd.qmp.commands import AddFd, Cont
+from qsnapd.model.snapshot import ImageFormat, Strategy
+from qsnapd.qmp.commands import AddFd, Cont, GetFd
 from qsnapd.qmp.migration import Migrate, MigrateContinue
 from tests.harness import Vm, open_vm
 from tests.monitor import Monitor
 from tests.parts import Qemu
-from tests.real.cases import BUSY, LAZY, STRATEGIES, TWO_DISKS, VM, Case, each_strategy, open_busy
+from tests.real.cases import BUSY, LAZY, TWO_DISKS, VM, Case, each_strategy, open_busy
 from tests.real.footprint import files, look_through
 from tests.real.steering import Gate, steered
 from tests.system.processes import Daemon, open_daemon, reconcile
@@ -27,12 +27,6 @@ MOMENTS = {
     Strategy.BACKGROUND: ("STOP", "active", "completed"),
 }
 """When to kill: at a STOP event, or when the migration has this status."""
-
-# QEMU < 10.0 freezes its guest when a background snapshot fails, and with the daemon dies
-# the reader of its pipe: nothing but QEMU's end helps then, so there is nothing to show.
-each_survivor = pytest.mark.parametrize(
-    "case", [case for case in STRATEGIES if not case.resumed_by_qemu], ids=str
-)
 
 
 async def moment_comes(monitor: Monitor, moment: str) -> None:
@@ -69,7 +63,7 @@ async def kill_at(daemon: Daemon, monitor: Monitor, case: Case, moment: str) -> 
             await daemon.process.wait()
 
 
-@each_survivor
+@each_strategy
 async def test_daemon_killed(case: Case, tmp_path: Path) -> None:
     state_dir = tmp_path / "state"
     async with open_vm(case.qemu, BUSY, disks=TWO_DISKS) as vm, vm.monitor() as monitor:
@@ -89,7 +83,7 @@ async def test_daemon_killed(case: Case, tmp_path: Path) -> None:
         assert vm.slots_report().fine
 
 
-@each_survivor
+@each_strategy
 async def test_guest_is_resumed_behind_a_killed_daemon(case: Case, tmp_path: Path) -> None:
     """By what systemd runs then; the rest is left to the next daemon."""
     moment = "pre-switchover" if case.strategy is Strategy.PRECOPY else "STOP"
@@ -113,7 +107,9 @@ async def test_qemu_killed(case: Case, tmp_path: Path) -> None:
     later = MigrateContinue if case.strategy is Strategy.PRECOPY else Migrate
     async with open_busy(case.qemu, tmp_path) as (vm, rig):
         supervisor = rig.supervisors[VM]
-        for command in (AddFd, later) if case.resumed_by_qemu else (AddFd, later, Cont):
+        memory_sent = AddFd if case.image_format is ImageFormat.MAPPED_RAM else GetFd
+        moments = (memory_sent, later) if case.resumed_by_qemu else (memory_sent, later, Cont)
+        for command in moments:
             await supervisor.wait_attached()
             before = files(vm, tmp_path)
             gate = Gate(command)

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import trio
 
-from tests.harness import Vm
+from tests.harness import Agent, Vm
 
 COMMANDS = Path(sys.executable).parent
 READY_LIMIT_S = 30.0
@@ -116,6 +116,8 @@ async def open_daemon(
     ]
     for name, vm in vms.items():
         lines += [f"[vm.{name}]", f'qmp = "{vm.qmp}"']
+        if isinstance(vm.guest, Agent):
+            lines.append(f'agent = "{vm.agent}"')
     config.write_text("\n".join(lines))
     argv = [str(COMMANDS / "qsnapd"), "serve", "--config", str(config)]
     notify = folder / "notify"

@@ -1,7 +1,7 @@
 """A `Host` that lives in memory, and a server for it on a real unix socket."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,10 +23,13 @@ from qsnapd.errors import (
     WrongState,
 )
 from qsnapd.model.event import Event, EventKind
+from qsnapd.model.findings import Finding, Severity, StoreCheck
+from qsnapd.model.freeze import Filesystem
 from qsnapd.model.job import JobInfo, JobKind, Phase
 from qsnapd.model.launch import LaunchInfo, NewOverlay
+from qsnapd.model.parsing import parse_manifest
 from qsnapd.model.plan import Loading
-from qsnapd.model.request import CloneRequest, CreateRequest, RevertRequest
+from qsnapd.model.request import CloneRequest, CreateRequest, DeleteRequest, RevertRequest
 from qsnapd.model.snapshot import (
     DiskLayer,
     ImageFormat,
@@ -42,6 +45,7 @@ from qsnapd.model.transfer import (
     ExportedFile,
     ExportRequest,
     ImportRequest,
+    ScanResult,
     TransferProgress,
 )
 from qsnapd.model.verification import Check, Outcome, Verification
@@ -145,11 +149,12 @@ class FakeHost:
     def __init__(self) -> None:
         self.hurry = True
         self.condition = Condition.RUNNING_BOOTED
+        self.frozen = 0
         self.manifests = {m.name: m for m in (manifest("s1"), manifest("s2", "s1", minute=1))}
         self.current_name: str | None = "s2"
         self.running: FakeJob | None = None
         self.ended: FakeJob | None = None
-        self.requests: list[CreateRequest | RevertRequest | CloneRequest] = []
+        self.requests: list[CreateRequest | RevertRequest | DeleteRequest | CloneRequest] = []
         self.transfers: list[ExportRequest | ImportRequest] = []
         self.read: list[bytes] = []
         """What came through the descriptors of imports."""
@@ -161,6 +166,11 @@ class FakeHost:
             what="memory image", outcome=Outcome.SOUND, detail="12 bytes"
         )
         """What every verification finds; None: it has no end."""
+        self.findings: tuple[Finding, ...] = ()
+        """What every examination finds, and mends if it is to."""
+        self.skipped: tuple[str, ...] = ()
+        self.scanned: list[str] = []
+        self.scan_result = ScanResult(found=())
         self.verifying = trio.Event()
         self.left = trio.Event()
         self._subscribers: set[trio.MemorySendChannel[Event]] = set()
@@ -173,6 +183,9 @@ class FakeHost:
             if info.name == name:
                 return info
         raise UnknownVm(f"there is no VM {name!r}")
+
+    def name_of(self, word: str) -> str:
+        return "vm1" if word == "1234" else self.vm(word).name
 
     async def disks(self, name: str) -> tuple[DiskInfo, ...]:
         self.vm(name)
@@ -196,6 +209,23 @@ class FakeHost:
         self.condition = Condition.RUNNING_UNPAUSED
         self.publish("Resumed", "Unpaused")
 
+    async def freeze_filesystems(self, name: str, mountpoints: Sequence[str]) -> int:
+        self.vm(name)
+        if self.frozen:
+            raise WrongState(f"the file systems of VM {name} are frozen already")
+        self.frozen = len(mountpoints) or 2
+        return self.frozen
+
+    async def thaw_filesystems(self, name: str) -> int:
+        self.vm(name)
+        thawed, self.frozen = self.frozen, 0
+        return thawed
+
+    async def filesystems(self, name: str) -> tuple[Filesystem, ...]:
+        self.vm(name)
+        root = Filesystem(mountpoint="/", name="vda1", type="ext4", devices=("/dev/vda",))
+        return (root, Filesystem(mountpoint="/proc", name="proc", type="proc"))
+
     async def create(self, name: str, request: CreateRequest) -> FakeJob:
         if request.name in self.manifests:
             raise SnapshotExists(f"VM {name} has a snapshot {request.name!r} already")
@@ -206,6 +236,11 @@ class FakeHost:
         if request.name not in self.manifests:
             raise UnknownSnapshot(f"VM {name} has no snapshot {request.name!r}")
         return self._start(name, JobKind.REVERT, request, self.manifests[request.name])
+
+    async def delete(self, name: str, request: DeleteRequest) -> FakeJob:
+        if request.name not in self.manifests:
+            raise UnknownSnapshot(f"VM {name} has no snapshot {request.name!r}")
+        return self._start(name, JobKind.DELETE, request, self.manifests[request.name])
 
     async def clone(self, name: str, request: CloneRequest) -> FakeJob:
         if request.clone == "vm2":
@@ -278,6 +313,27 @@ class FakeHost:
             raise WrongState(f"no job runs on VM {name}")
         self.running.cancel()
 
+    async def take_in_metadata(
+        self, name: str, text: str, new_name: str | None, tell: Tell
+    ) -> tuple[str, tuple[str, ...]]:
+        self.vm(name)
+        taken = parse_manifest(text, "it")
+        taken = taken.model_copy(update={"name": new_name or taken.name})
+        self.manifests[taken.name] = taken
+        return taken.name, ("a note",)
+
+    async def scan(self, name: str, directory: str, tell: Tell) -> ScanResult:
+        self.vm(name)
+        tell(TransferProgress(step="checking s1", done_bytes=0, total_bytes=0))
+        self.scanned.append(directory)
+        return self.scan_result
+
+    async def fsck(self, name: str, *, repair: bool) -> StoreCheck:
+        self.vm(name)
+        findings = tuple(f.model_copy(update={"repaired": repair}) for f in self.findings)
+        clean = all(f.repaired or f.severity is Severity.NOTE for f in findings)
+        return StoreCheck(vm=name, clean=clean, findings=findings, skipped=self.skipped)
+
     async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
         self.vm(name)
         if snapshot not in self.manifests:
@@ -306,6 +362,32 @@ class FakeHost:
     def current(self, name: str) -> str | None:
         return self.current_name if name == "vm1" else None
 
+    async def redefine(self, name: str, text: str, *, current: bool) -> str:
+        self.vm(name)
+        brought = Manifest.model_validate_json(text)
+        self.manifests[brought.name] = brought
+        if current:
+            self.current_name = brought.name
+        return brought.name
+
+    async def rename_snapshot(self, name: str, snapshot: str, new_name: str) -> None:
+        await self.copy_snapshot(name, snapshot, new_name)
+        del self.manifests[snapshot]
+
+    async def copy_snapshot(self, name: str, snapshot: str, new_name: str) -> None:
+        self.vm(name)
+        if new_name in self.manifests:
+            raise SnapshotExists(f"VM {name} has a snapshot {new_name!r} already")
+        if snapshot not in self.manifests:
+            raise UnknownSnapshot(f"VM {name} has no snapshot {snapshot!r}")
+        update = {"name": new_name}
+        self.manifests[new_name] = self.manifests[snapshot].model_copy(update=update)
+
+    async def set_current(self, name: str, snapshot: str) -> None:
+        if snapshot not in self.manifests:
+            raise UnknownSnapshot(f"VM {name} has no snapshot {snapshot!r}")
+        self.current_name = snapshot
+
     @contextmanager
     def subscribe(self) -> Iterator[trio.MemoryReceiveChannel[Event]]:
         send, receive = trio.open_memory_channel[Event](16)
@@ -330,7 +412,7 @@ class FakeHost:
         self,
         name: str,
         kind: JobKind,
-        request: CreateRequest | RevertRequest | CloneRequest,
+        request: CreateRequest | RevertRequest | DeleteRequest | CloneRequest,
         result: Manifest,
     ) -> FakeJob:
         self.vm(name)

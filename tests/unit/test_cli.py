@@ -54,6 +54,47 @@ async def test_list(served: Served) -> None:
     )
     assert "vm2    shut off" in await run(served, "list --all")
     assert await run(served, "list --all --name") == "vm1\nvm2\n"
+    assert await run(served, "--quiet --connect qemu:///system list") == (
+        " 1234   vm1   running\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "vm1"),
+        ("--inactive", "vm2"),
+        ("--inactive --all", "vm1 vm2"),
+        ("--state-shutoff", "vm2"),
+        ("--state-shutoff --all", "vm2"),
+        ("--state-running", "vm1"),
+        ("--state-paused --all", ""),
+        ("--state-paused --state-running", "vm1"),
+        ("--state-other --all", ""),
+        ("--all --with-snapshot", "vm1"),
+        ("--all --without-snapshot", "vm2"),
+        ("--all --with-snapshot --without-snapshot", "vm1 vm2"),
+    ],
+)
+async def test_list_filters(served: Served, flags: str, expected: str) -> None:
+    assert (await run(served, f"list --name {flags}")).split() == expected.split()
+
+
+async def test_list_columns(served: Served) -> None:
+    assert await run(served, "list --all --id --name") == "1234 vm1\n- vm2\n"
+    assert await run(served, "list --uuid") == "-\n"
+    said = await run(served, "list --table --name", status=2)
+    assert "Options --table and --name are mutually exclusive" in said
+
+
+async def test_a_vm_by_its_id(served: Served) -> None:
+    assert await run(served, "domname 1234") == "vm1\n"
+    assert await run(served, "domid vm1") == "1234\n"
+    assert await run(served, "domid vm2") == "-\n"
+    assert await run(served, "domuuid vm1") == "-\n"
+    assert await run(served, "suspend 1234") == "Domain 'vm1' suspended\n"
+    assert await run(served, "snapshot-create-as 1234 s9") == "Domain snapshot s9 created\n"
+    assert "no VM '77'" in await run(served, "domstate 77", status=1)
 
 
 async def test_domstate_tells_the_reason(served: Served) -> None:
@@ -77,7 +118,22 @@ async def test_dominfo_and_disks(served: Served) -> None:
     assert await run(served, "domblklist vm1") == (
         " Target   Source\n-------------------------\n vda      /d/base.qcow2\n\n"
     )
-    assert "external" in await run(served, "domblklist vm1 --details")
+    assert await run(served, "domblklist vm1 --inactive --details") == (
+        " Type   Device   Target   Source          Format   Chain   Snapshot\n"
+        "---------------------------------------------------------------------\n"
+        " file   disk     vda      /d/base.qcow2   qcow2    1       external\n\n"
+    )
+    assert await run(served, "domblkinfo vm1 vda") == (
+        "Capacity:       1073741824\nAllocation:     -\nPhysical:       -\n"
+    )
+    assert " vda      1073741824" in await run(served, "domblkinfo vm1 --all")
+    assert "no disk named 'vdz'" in await run(served, "domblkinfo vm1 vdz", status=1)
+
+
+async def test_help(served: Served) -> None:
+    assert "snapshot-list" in await run(served, "help")
+    assert "--leaves" in await run(served, "help snapshot-list")
+    assert "doesn't exist" in await run(served, "help nothing", status=2)
 
 
 async def test_the_line_of_a_virsh_script(served: Served, tmp_path: Path) -> None:
@@ -167,6 +223,7 @@ async def test_snapshot_info(served: Served) -> None:
         "allocated_bytes": 4096,
         "sha256": None,
         "holes_are_zero": False,
+        "file": None,
     }
     fixed = "vm parent state created_at strategy image_format paused_ms total_ms qemu_version"
     assert set(fixed.split()) <= set(told)
@@ -175,6 +232,13 @@ async def test_snapshot_info(served: Served) -> None:
 
 async def test_current_and_parent(served: Served) -> None:
     assert await run(served, "snapshot-current vm1 --name") == "s2\n"
+    assert "<name>s2</name>" in await run(served, "snapshot-current vm1")
+    assert json.loads(await run(served, "--json snapshot-current vm1"))["name"] == "s2"
+    assert await run(served, "snapshot-current vm1 s1") == "Snapshot s1 set as current\n"
+    assert await run(served, "snapshot-current vm1 --name") == "s1\n"
+    said = await run(served, "snapshot-current vm1 --name s2", status=2)
+    assert "Options --name and --snapshotname are mutually exclusive" in said
+    await run(served, "snapshot-current vm1 s2")
     assert await run(served, "snapshot-parent vm1 --current") == "s1\n"
     assert "has no parent" in await run(served, "snapshot-parent vm1 s1", status=1)
     assert "no current snapshot" in await run(served, "snapshot-current vm2", status=1)
@@ -227,8 +291,13 @@ async def test_jobs(served: Served) -> None:
     lines = (await run(served, "domjobinfo vm1")).splitlines()
     assert lines[:2] == ["Job type:         Unbounded", "Operation:        Snapshot"]
     assert "Data processed:   512.000 MiB" in lines
+    assert "Memory remaining: 512.000 MiB" in lines
     assert await run(served, "domjobabort vm1") == ""
     assert "Cancelled" in await run(served, "domjobinfo vm1 --completed")
+    assert "downtime" not in await run(served, "domjobinfo vm1 --completed --keep-completed")
+    served.host.hurry = True
+    await served.host.create("vm1", CreateRequest(name="s4"))
+    assert "Total downtime:   12           ms" in await run(served, "domjobinfo vm1 --completed")
     assert "no job" in await run(served, "domjobabort vm1", status=1)
 
 
@@ -242,16 +311,17 @@ async def test_jobs(served: Served) -> None:
         ),
         (
             "domstate",
-            2,
+            1,
             {"code": "usage", "message": "command 'domstate' requires <domain>", "effect": "none"},
         ),
-        ("domstate vm1 --nonsense", 2, {"code": "usage", "effect": "none"}),
-        ("no-such-verb", 2, {"code": "usage", "effect": "none"}),
-        ("", 2, {"code": "usage", "effect": "none"}),
-        ("snapshot-info vm1", 2, {"message": "--snapshotname or --current is required"}),
+        ("domstate vm1 --nonsense", 1, {"code": "usage", "effect": "none"}),
+        ("no-such-verb", 1, {"message": "unknown command: 'no-such-verb'"}),
+        ("--connect qemu+ssh://other/system list", 1, {"code": "usage"}),
+        ("", 1, {"code": "usage", "effect": "none"}),
+        ("snapshot-info vm1", 1, {"message": "--snapshotname or --current is required"}),
         ("snapshot-create-as vm1 s1", 1, {"code": "snapshot-exists"}),
         ("snapshot-create-as vm1 a/b", 1, {"code": "bad-request", "message": NAME_WITH_SLASH}),
-        ("snapshot-create-as vm1 s9 --strategy magic", 2, {"code": "usage"}),
+        ("snapshot-create-as vm1 s9 --strategy magic", 1, {"code": "usage"}),
         (
             "--socket /nowhere list",
             1,
@@ -317,6 +387,7 @@ async def test_event_loop(served: Served) -> None:
     assert heard.decode() == (
         "event 'lifecycle' for domain 'vm1': Suspended Paused\n"
         "event 'lifecycle' for domain 'vm1': Resumed Unpaused\n"
+        "event loop interrupted\n"
         "events received: 2\n"
     )
     assert process.returncode == 0
@@ -324,8 +395,44 @@ async def test_event_loop(served: Served) -> None:
 
 async def test_event_gives_up_in_time(served: Served) -> None:
     started = time.monotonic()
-    assert "no event within 0.2 s" in await run(served, "event --timeout 0.2", status=1)
+    said = json.loads(await run(served, "--json event --timeout 0.2", status=1))
+    assert said == {"code": "timeout", "message": "no event within 0.2 s", "effect": "none"}
     assert time.monotonic() - started < 5
+    done = await trio.run_process(
+        [QSNAPCTL, "event", "--all", "--timeout", "0.1"],
+        env=environment(served),
+        capture_stdout=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, b"event loop timed out\nevents received: 0\n")
+
+
+async def test_event_kinds(served: Served) -> None:
+    assert await run(served, "event --list") == "lifecycle\nsnapshot\njob\n"
+    assert "unknown event type reboot" in await run(served, "event vm1 reboot", status=2)
+    for flags in ("--list --all", "--all --event job", "--list --event job"):
+        assert "are mutually exclusive" in await run(served, f"event {flags}", status=2)
+
+
+async def test_an_event_at_its_time(served: Served) -> None:
+    start = partial(
+        trio.run_process,
+        [QSNAPCTL, "event", "vm1", "lifecycle", "--timestamp"],
+        env=environment(served),
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    async with trio.open_nursery() as nursery:
+        process = await nursery.start(start)
+        await served.host.subscribed.wait()
+        await served.host.suspend("vm1")
+        heard = b""
+        while chunk := await process.stdout.receive_some():
+            heard += chunk
+    assert heard.decode() == (
+        "2026-01-02 03:04:05.000+0000: event 'lifecycle' for domain 'vm1': Suspended Paused\n"
+        "events received: 1\n"
+    )
 
 
 async def test_a_query_takes_less_than_200_ms(served: Served) -> None:
@@ -338,7 +445,7 @@ async def test_a_query_takes_less_than_200_ms(served: Served) -> None:
     assert min([await took_ms() for _ in range(5)]) < 200
 
 
-@pytest.mark.parametrize("heavy", ["trio", "pydantic", "rich", "qsnapd.model"])
+@pytest.mark.parametrize("heavy", ["trio", "pydantic", "rich", "lxml", "qsnapd.model"])
 def test_qsnapctl_stays_light(heavy: str) -> None:
     code = f"import qsnapd.cli.main, sys; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

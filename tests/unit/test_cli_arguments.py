@@ -1,47 +1,10 @@
 """Command lines as virsh reads them."""
 
-from pathlib import Path
-
 import click
 import pytest
 from click.testing import CliRunner
 
-from qsnapd.cli.arguments import Cli, parse_diskspec, parse_memspec, verb
-
-
-def test_memspecs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert parse_memspec("/m.img") == "/m.img"
-    assert parse_memspec("file=/m.img,snapshot=external") == "/m.img"
-    assert parse_memspec("snapshot=external,file=m.img") == f"{tmp_path}/m.img"
-    assert parse_memspec("m.img") == f"{tmp_path}/m.img"
-    assert parse_memspec("/a,,b=c.img") == "/a,b=c.img"
-
-
-def test_diskspecs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert parse_diskspec("vda") == {"target": "vda"}
-    assert parse_diskspec("vda,snapshot=no") == {"target": "vda", "snapshot": "no"}
-    assert parse_diskspec("vda,file=/x/a,,b.qcow2") == {"target": "vda", "file": "/x/a,b.qcow2"}
-    assert parse_diskspec("vda,driver=qcow2,stype=file,file=o.qcow2") == {
-        "target": "vda",
-        "file": f"{tmp_path}/o.qcow2",
-    }
-    assert parse_diskspec("./d.img") == {"target": f"{tmp_path}/d.img"}
-
-
-@pytest.mark.parametrize(
-    "spec", ["", "vda,x=1", "vda,file", "vda,file=/a,file=/b", "vda,snapshot=internal", ",file=/a"]
-)
-def test_bad_diskspecs(spec: str) -> None:
-    with pytest.raises(click.UsageError, match="diskspec"):
-        parse_diskspec(spec)
-
-
-@pytest.mark.parametrize("spec", ["", "file=", "snapshot=external", "/m,snapshot=no", "/m,x=1"])
-def test_bad_memspecs(spec: str) -> None:
-    with pytest.raises(click.UsageError, match="memspec"):
-        parse_memspec(spec)
+from qsnapd.cli.arguments import Cli, verb
 
 
 def placed(line: str) -> str:

@@ -45,10 +45,10 @@ async def test_clone_says_what_was_asked_for(served: Served) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
-        ("snapshot-clone vm1 s1", 2, "requires <newname>"),
-        ("snapshot-clone vm1 s1 two --substitute tap0", 2, "OLD=NEW"),
-        ("snapshot-clone vm1 s1 two --lazy --eager", 2, "mutually exclusive"),
-        ("snapshot-clone vm1 s1 two --mac other", 2, "other"),
+        ("snapshot-clone vm1 s1", 1, "requires <newname>"),
+        ("snapshot-clone vm1 s1 two --substitute tap0", 1, "OLD=NEW"),
+        ("snapshot-clone vm1 s1 two --lazy --eager", 1, "mutually exclusive"),
+        ("snapshot-clone vm1 s1 two --mac other", 1, "other"),
         ("snapshot-clone vm1 s1 vm2", 1, "there is a VM 'vm2' already"),
         ("snapshot-clone vm1 s1 a/b", 1, "must not contain '/'"),
         ("undefine vm1", 1, "in the configuration file"),

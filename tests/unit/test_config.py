@@ -85,6 +85,10 @@ def test_the_sample_unit_goes_with_its_configuration(tmp_path: Path) -> None:
         ("[vm.'a/b']\nqmp = '/x'", "vm.a/b: invalid name 'a/b': it must not contain '/'"),
         ("[daemon]\nlog_level = 'loud'", "daemon.log_level: Input should be 'debug', 'info'"),
         ("[vm.a]\nqmp = '/x'\n[vm.b]\nqmp = '/x'", "vm.a and vm.b share the monitor /x"),
+        (
+            "[vm.a]\nqmp = '/x'\nagent = '/z'\n[vm.b]\nqmp = '/y'\nagent = '/z'",
+            "vm.a and vm.b share the guest agent /z",
+        ),
         ("[daemon", "is not valid TOML: "),
         ("[vm.a]\nqmp = '/x'\nlauncher = 'unit'", "needs unit ="),
         ("[vm.a]\nqmp = '/x'\nunit = 'a.service'", "unit is given, but launcher is"),

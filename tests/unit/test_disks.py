@@ -7,10 +7,11 @@ import pytest
 import trio
 
 from qsnapd.errors import CommandRefused
+from qsnapd.model.snapshot import FileIdentity
 from qsnapd.qmp.block import BlockdevAdd, BlockInfo
 from qsnapd.qmp.session import QmpSession
 from qsnapd.qmp.transport import EventListener
-from qsnapd.vm.disks import assign_targets, read_disks
+from qsnapd.vm.disks import Disk, assign_targets, read_disks
 from qsnapd.vm.identity import plain_name
 
 
@@ -111,6 +112,44 @@ async def test_a_chain_is_followed_through_descriptor_sets(tmp_path: Path) -> No
     assert (disk.target, disk.node, disk.depth) == ("vda", "n", 2)
     assert [file.path for file in disk.chain] == [str(overlay), str(base)]
     assert disk.left_out is None
+    shown = disk.info()
+    sizes = (shown.size_bytes, shown.allocated_bytes)
+    assert (shown.type, shown.device, *sizes) == ("file", "disk", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "kind"),
+    [("ide-cd", "cdrom"), ("scsi-cd", "cdrom"), ("floppy", "floppy"), ("scsi-hd", "disk")],
+)
+async def test_what_kind_of_device_has_the_medium(device_type: str, kind: str) -> None:
+    query_block = [{"qdev": "/machine/peripheral/d", "removable": True}]
+    answers = Answers(query_block=query_block, query_fdsets=[], qom_get=device_type)
+    [disk] = await read_disks(QmpSession(answers), os.getpid())
+    assert disk.kind == kind
+    assert disk.info().size_bytes is None
+
+
+def test_a_block_device_has_no_size_of_its_own_as_a_file() -> None:
+    identity = FileIdentity(path="/dev/null", device=0, inode=0)  # as little a file as a disk is
+    shown = Disk(
+        target="vda",
+        device="d",
+        qdev=None,
+        node="n",
+        format="raw",
+        filename="/dev/null",
+        chain=(identity,),
+        depth=1,
+        virtual_size_bytes=4096,
+        cluster_size_bytes=None,
+        extended_l2=False,
+        cache_direct=False,
+        cache_no_flush=False,
+        detect_zeroes="off",
+        bitmaps=(),
+        left_out=None,
+    ).info()
+    assert (shown.type, shown.size_bytes, shown.allocated_bytes) == ("block", None, None)
 
 
 async def test_media_that_are_left_out() -> None:

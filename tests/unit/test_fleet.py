@@ -3,6 +3,7 @@
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from qsnapd.store.registry import (
     register,
     remove_made,
 )
+from qsnapd.vm.identity import ProcessIdentity
 from qsnapd.vm.proc import start_time_ticks
 from qsnapd.vm.spawn import Spawn
 
@@ -210,3 +212,29 @@ async def test_a_fleet_across_daemons(tmp_path: Path) -> None:
                 fleet.find("two")
             assert not (tmp_path / "state" / "two").exists()
         watching.cancel_scope.cancel()
+
+
+@dataclass
+class Attached:
+    """As much of a VM as it is found by."""
+
+    uuid: str
+    identity: ProcessIdentity
+
+
+async def test_a_vm_is_found_by_name_uuid_and_process(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path / "state", {}) as (fleet, _):
+        for name, uuid, pid in (("vm1", "AB-1", 7), ("9", "ab-2", 8), ("twin", "ab-2", 9)):
+            if name not in fleet:
+                fleet.add(name, tmp_path / f"{name}.qmp", Spawn(), configured=True)
+            vm = Attached(uuid, ProcessIdentity(pid=pid, start_time_ticks=0, uid=0))
+            fleet[name].attached = vm  # type: ignore[assignment]
+        assert fleet.find("vm1") is fleet.find("ab-1") is fleet.find("AB-1") is fleet.find("7")
+        assert fleet.find("9").name == "9", "a name comes before an id"
+        with pytest.raises(UnknownVm, match="UUID of several VMs: 9, twin"):
+            fleet.find("ab-2")
+        with pytest.raises(UnknownVm, match="there are: 9, twin, vm1"):
+            fleet.find("10")
+        fleet["vm1"].attached = None
+        with pytest.raises(UnknownVm):
+            fleet.find("ab-1")

@@ -167,8 +167,9 @@ async def from_tar(store: VmStore, archive: bytes, **request: object) -> Manifes
 
 
 def left_in(store: VmStore) -> set[str]:
-    """What is in the store, but for the folder that images of disks get folders in."""
-    return {str(p.relative_to(store.directory)) for p in store.directory.rglob("*")} - {".disks"}
+    """What is in the store, but for the folder and the record of images of disks."""
+    found = {str(path.relative_to(store.directory)) for path in store.directory.rglob("*")}
+    return found - {".disks", ".made.json"}
 
 
 async def test_all_of_it_arrives(store: VmStore, folder: Path, tmp_path: Path) -> None:

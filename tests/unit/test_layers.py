@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qsnapd"
 LAYERS = (
     {"errors"},
     {"model"},
-    {"config"},
+    {"config", "xml"},
     {"qmp", "image"},
     {"store"},
     {"vm"},
@@ -24,7 +24,9 @@ LAYERS = (
 """Lowest first; what stands side by side does not know each other."""
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
-CLIENT_MAY_IMPORT = ("qsnapd.errors", "qsnapd.model", "qsnapd.control.client", "qsnapd.cli")
+CLIENT_MAY_IMPORT = (
+    *("qsnapd.errors", "qsnapd.model", "qsnapd.xml", "qsnapd.control.client", "qsnapd.cli"),
+)
 """What qsnapctl consists of: it knows the daemon by its socket only."""
 DAEMON_COMMAND = "qsnapd.cli.daemon"
 """The one module of the command line that starts the daemon instead of talking to it."""

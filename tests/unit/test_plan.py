@@ -18,7 +18,8 @@ from qsnapd.model.snapshot import FileIdentity, ImageFormat, Strategy
 from qsnapd.model.state import Condition
 from qsnapd.qmp.block import BitmapInfo, JobInfo
 from qsnapd.qmp.migration import MigrationInfo
-from qsnapd.snapshot.plan import CHAIN_LIMIT, plan_checkpoint
+from qsnapd.snapshot.plan import plan_checkpoint
+from qsnapd.snapshot.plan_disks import CHAIN_LIMIT
 from qsnapd.snapshot.saving_plan import UNLIMITED_BYTES_PER_S, plan_saving
 from tests.unit.situations import DIRECTORY, disk, situation
 
@@ -98,7 +99,8 @@ def test_what_the_overlay_takes_over_from_its_disk() -> None:
 
 def test_raw_disks_have_no_cluster_size_to_take_over() -> None:
     now = situation(disks=(disk(path="/dev/x", format="host_device"),))
-    [pivot] = plan_checkpoint(CreateRequest(name="s1"), now).pivots
+    request = CreateRequest(name="s1", disks=(DiskRequest(target="vda", file="/d/o"),))
+    [pivot] = plan_checkpoint(request, now).pivots
     assert (pivot.overlay.backing_format, pivot.overlay.cluster_size_bytes) == ("raw", None)
 
 
@@ -173,14 +175,14 @@ JOB = JobInfo(id="j", type="mirror", status="running")
         ({"status": "prelaunch", "running": False}, WrongState, "has not started yet"),
         ({"status": "postmigrate", "running": False}, WrongState, "qsnapctl resume vm1"),
         ({"status": "guest-panicked", "running": False}, WrongState, "only a running or paused"),
-        ({"status": "suspended", "running": False}, WrongState, "only a running or paused"),
+        ({"status": "suspended", "running": False}, WrongState, "of PMSUSPENDED guests"),
         ({"condition": Condition.SHUTDOWN_USER}, WrongState, r"in shutdown \(user\)"),
         ({"migration": MigrationInfo(status="active")}, Blocked, "another migration is under way"),
         ({"migration": MigrationInfo(blocked_reasons=("vfio",))}, Blocked, "QEMU says: vfio"),
         ({"jobs": (JOB,)}, Blocked, r"block jobs are running: j \(mirror, running\)"),
         ({"disks": (disk(format="nbd"),)}, Blocked, "of type 'nbd'"),
         ({"disks": (disk(path=None, filename="nbd://h"),)}, Blocked, "'nbd://h' is no file"),
-        ({"disks": (disk(depth=CHAIN_LIMIT),)}, Blocked, "the limit is 200"),
+        ({"disks": (disk(depth=CHAIN_LIMIT),)}, Blocked, "more than 200 layers"),
     ],
     ids=str,
 )

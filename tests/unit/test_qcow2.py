@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsnapd.errors import ImageInvalid
-from qsnapd.image.qcow2 import Header, read_header
+from qsnapd.image.qcow2 import Header, is_blank, read_header
 from tests.parts import Qemu, qemu_versions
 
 MIB = 1 << 20
@@ -40,6 +40,28 @@ def test_what_qemu_img_writes(qemu: Qemu, tmp_path: Path) -> None:
         over.unlink()
     other = create(qemu, tmp_path / "o", "-o", f"data_file={tmp_path}/data")
     assert header(other).has_data_file
+
+
+@pytest.mark.parametrize("qemu", qemu_versions(), ids=str)
+def test_whether_an_image_holds_anything(qemu: Qemu, tmp_path: Path) -> None:
+    create(qemu, tmp_path / "base")
+    over = create(qemu, tmp_path / "over", "-F", "qcow2", "-b", "base")
+    assert blank(over)
+    (tmp_path / "raw").write_bytes(bytes(MIB) + b"x" * 512)
+    files = [str(tmp_path / "raw"), str(tmp_path / "full")]
+    subprocess.run([str(qemu.img), "convert", "-O", "qcow2", *files], check=True)
+    assert not blank(tmp_path / "full")
+    assert not blank(create(qemu, tmp_path / "o", "-o", f"data_file={tmp_path}/data"))
+    for entries, offset in ((1 << 30, 0), (1, 1 << 50), (1, (1 << 64) - 1)):
+        assert not blank(damaged(over, 36, struct.pack(">IQ", entries, offset)))
+
+
+def blank(path: Path) -> bool:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return is_blank(fd)
+    finally:
+        os.close(fd)
 
 
 def damaged(path: Path, offset: int, data: bytes) -> Path:

@@ -196,7 +196,7 @@ def test_unknown_names(vm: VmStore) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"format": 3}, ManifestTooNew, "has format 3, this qsnapd reads up to 2"),
+        ({"format": 4}, ManifestTooNew, "has format 4, this qsnapd reads up to 3"),
         ({"format": 7, "brand_new": 1, "name": []}, ManifestTooNew, "format 7"),
         ({"format": None}, ManifestInvalid, "does not tell its format"),
         ({"format": True}, ManifestInvalid, "does not tell its format"),
@@ -246,6 +246,13 @@ def test_changes_behind_our_back_are_seen(vm: VmStore) -> None:
     path.unlink()
     path.parent.rename(vm.directory / "s2")
     assert vm.snapshots() == {}
+
+
+def test_what_snapshots_have_in_common_is_held_once(vm: VmStore) -> None:
+    take(vm, "s1")
+    take(vm, "s2")
+    first, second = (m.disks[0].chain[0] for m in VmStore("vm1", vm.directory).snapshots().values())
+    assert first is second
 
 
 def test_the_current_snapshot(vm: VmStore) -> None:
@@ -318,3 +325,17 @@ def test_every_snapshot_is_in_the_tree_once(links: list[int]) -> None:
     depths = dict(order)
     for name, parent in tree.parents(snapshots).items():
         assert depths[name] == (0 if parent is None else depths[parent] + 1)
+
+
+@pytest.mark.parametrize("older", [1, 2])
+def test_what_older_versions_have_written_is_read(vm: VmStore, older: int) -> None:
+    take(vm, "old")
+    path = vm.path("old") / "snapshot.json"
+    text = json.loads(path.read_text())
+    for name in ("consistency", "left_out", "manual_disks", "deleting"):
+        del text[name]
+    del text["memory"]["file"]
+    path.write_text(json.dumps({**text, "format": older}))
+    found = vm.manifest("old")
+    assert (found.format, found.consistency, found.left_out) == (older, None, ())
+    assert not found.deleting

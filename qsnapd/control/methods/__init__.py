@@ -5,10 +5,22 @@ The docstrings of the classes are the comments of the interface text.
 
 from qsnapd.control.methods.base import Method
 from qsnapd.control.methods.clones import CloneSnapshot, UndefineVm
+from qsnapd.control.methods.deletions import DeleteSnapshot
+from qsnapd.control.methods.filesystems import (
+    FreezeFilesystems,
+    ListFilesystems,
+    ThawFilesystems,
+)
 from qsnapd.control.methods.jobs import (
     AbortJob,
     GetJob,
     Subscribe,
+)
+from qsnapd.control.methods.metadata import (
+    CopySnapshot,
+    RedefineSnapshot,
+    RenameSnapshot,
+    SetCurrentSnapshot,
 )
 from qsnapd.control.methods.restores import (
     DescribeLaunch,
@@ -24,6 +36,12 @@ from qsnapd.control.methods.snapshots import (
 from qsnapd.control.methods.transfers import (
     ExportSnapshot,
     ImportSnapshot,
+)
+from qsnapd.control.methods.upkeep import (
+    CheckStore,
+    ImportMetadata,
+    RepairStore,
+    ScanSnapshots,
 )
 from qsnapd.control.methods.verification import (
     VerifySnapshot,
@@ -44,8 +62,12 @@ METHODS: dict[str, type[Method]] = {
         ListDisks,
         Suspend,
         Resume,
+        FreezeFilesystems,
+        ThawFilesystems,
+        ListFilesystems,
         CreateSnapshot,
         RevertSnapshot,
+        DeleteSnapshot,
         DescribeLaunch,
         CloneSnapshot,
         UndefineVm,
@@ -53,9 +75,17 @@ METHODS: dict[str, type[Method]] = {
         ListSnapshots,
         GetSnapshot,
         GetCurrentSnapshot,
+        SetCurrentSnapshot,
+        RenameSnapshot,
+        CopySnapshot,
+        RedefineSnapshot,
         VerifySnapshot,
         ExportSnapshot,
         ImportSnapshot,
+        ImportMetadata,
+        ScanSnapshots,
+        CheckStore,
+        RepairStore,
         GetJob,
         AbortJob,
         Subscribe,

@@ -12,6 +12,7 @@ from qsnapd.control.view import Snapshot, placed
 from qsnapd.errors import UnknownSnapshot
 from qsnapd.model.base import Frozen
 from qsnapd.model.job import JobInfo
+from qsnapd.model.snapshot import Manifest
 
 More = Callable[[Frozen], Awaitable[None]]
 """Sends a reply that will be followed by others."""
@@ -53,7 +54,16 @@ async def follow(job: Job, host: Host, more: More | None) -> ProgressReply:
             await more(ProgressReply(job=info))
             info = await job.changed(info)
     manifest = await job.wait()
-    return ProgressReply(job=job.info(), snapshot=one_snapshot(host, manifest.vm, manifest.name))
+    return ProgressReply(job=job.info(), snapshot=_described(host, manifest))
+
+
+def _described(host: Host, manifest: Manifest) -> Snapshot:
+    """What a job has dealt with, in its place; alone if it is not listed, or not any more."""
+    for snapshot in all_snapshots(host, manifest.vm):
+        if (snapshot.name, snapshot.created_at) == (manifest.name, manifest.created_at):
+            return snapshot
+    [alone] = placed([manifest], None, {})
+    return alone
 
 
 def all_snapshots(host: Host, vm: str) -> tuple[Snapshot, ...]:

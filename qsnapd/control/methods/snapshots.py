@@ -29,9 +29,11 @@ class CurrentSnapshotReply(Frozen):
 
 
 class CreateSnapshot(Method):
-    """Take a checkpoint: memory and disks of one instant.
+    """Take a snapshot: memory and disks of one instant, or the disks alone.
 
-    Called with "more", replies hold the job until the last one, which holds the snapshot.
+    Called with "more", replies hold the job until the last one, which holds the snapshot,
+    also one that is not listed because no metadata of it is kept. In phase "holding" the guest
+    stands still for its storage; if the job has an instruction then, Resume ends that.
     A client that leaves does not stop the job; AbortJob does. Requests that name files are
     for root only.
     """
@@ -44,6 +46,7 @@ class CreateSnapshot(Method):
         # As root's helper, "create this file with that guest's memory in it" is root.
         request = self.request
         names_files = request.memory_file or any(disk.file for disk in request.disks)
+        names_files = names_files or request.reuse_overlays
         return Role.ADMIN if names_files else self.role
 
     async def answer(self, host: Host, more: More | None) -> ProgressReply:

@@ -64,7 +64,7 @@ class ExportSnapshot(Method):
             files = (WrittenFile(name=n, **_content(f)) for n, f in done.files().items())
             return ExportReply(files=tuple(files))
 
-        return await _telling(export, lambda now: ExportReply(progress=now), more)
+        return await telling(export, lambda now: ExportReply(progress=now), more)
 
 
 class ImportSnapshot(Method):
@@ -85,14 +85,14 @@ class ImportSnapshot(Method):
             name, notes = await host.take_in(self.vm, self.request, self._descriptor, tell)
             return ImportReply(snapshot=one_snapshot(host, self.vm, name), notes=notes)
 
-        return await _telling(take_in, lambda now: ImportReply(progress=now), more)
+        return await telling(take_in, lambda now: ImportReply(progress=now), more)
 
 
 def _content(file: Frozen) -> dict[str, object]:
     return {name: getattr(file, name) for name in ("size_bytes", "data_bytes", "sha256")}
 
 
-async def _telling(
+async def telling(
     work: Callable[[Tell], Awaitable[T]],
     reply: Callable[[TransferProgress], Frozen],
     more: More | None,

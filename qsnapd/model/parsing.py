@@ -1,0 +1,37 @@
+"""A manifest out of its JSON: what is not understood to the last field is refused."""
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from qsnapd.errors import ManifestInvalid, ManifestTooNew
+from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
+
+
+def parse_manifest(text: str | bytes, where: str) -> Manifest:
+    """Read the manifest that *text*, found at *where*, is the whole of.
+
+    Raises: ManifestTooNew: a newer qsnapd wrote it. ManifestInvalid: it is damaged, or has a
+    field that nobody knows; the message names *where* and the field.
+    """
+    try:
+        parsed: Any = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise ManifestInvalid(f"{where} is damaged: it is not valid JSON") from exc
+    # Before anything else: a newer format may look in any way.
+    number = parsed.get("format") if isinstance(parsed, dict) else None
+    if type(number) is not int or number < 1:
+        raise ManifestInvalid(f"{where} is damaged: it does not tell its format")
+    if number > MANIFEST_FORMAT:
+        raise ManifestTooNew(
+            f"{where} has format {number}, this qsnapd reads up to {MANIFEST_FORMAT}: "
+            "a newer version wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        cause = "is unknown" if first["type"] == "extra_forbidden" else f": {first['msg']}"
+        raise ManifestInvalid(f"{where} cannot be used: field {field!r} {cause}") from exc

@@ -1,0 +1,52 @@
+"""What to do about a deletion that a former daemon, or a failed attempt, has left unfinished.
+
+Once all is copied it is finished, which takes a moment. Else it is broken off, so that the VM
+is free for other jobs, and begun again as a job of its own.
+"""
+
+import trio
+
+from qsnapd.model.job import JobKind
+from qsnapd.snapshot.delete import Deletion
+from qsnapd.snapshot.delete_live import LiveMerges
+from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.start import Seat
+from qsnapd.store.snapshots import VmStore
+from qsnapd.vm.attached import AttachedVm
+
+
+async def recover_deletion(
+    seat: Seat, vm: AttachedVm | None, *, qemu_img: str
+) -> tuple[str | None, str | None]:
+    """Finish it, or break it off; returns that in words, and which snapshot to delete again.
+
+    *vm*: the VM as it is attached now; None: its QEMU has ended.
+    Idempotent: cut off anywhere, the next call goes on. (None, None) if there was nothing.
+    Raises: VmError, StoreError: the journal then stands for the next attempt.
+    """
+    plan = await trio.to_thread.run_sync(seat.store.deletion.read)
+    if plan is None:
+        return None, None
+    job = Job(0, seat.name, JobKind.DELETE, plan.name, lambda job: None)
+    deletion = Deletion(seat, job, lambda: (), qemu_img=qemu_img)
+    if plan.done:
+        with trio.CancelScope(shield=True):
+            await deletion.finish(vm, plan)
+        return f"finished deleting snapshot {plan.name}", None
+    await deletion.give_up(vm, plan)
+    return f"deleting snapshot {plan.name} was broken off, and begins again", plan.name
+
+
+async def release_guest(vm: AttachedVm, store: VmStore) -> None:
+    """Let no block job hold the guest's requests back; all else is left to `recover_deletion`.
+
+    Raises: VmError, StoreError.
+    """
+    plan = await trio.to_thread.run_sync(store.deletion.read)
+    if plan is None:
+        return
+    merges = LiveMerges(vm.session, plan.token)
+    if plan.done:
+        await merges.finalize()
+    else:
+        await merges.cancel()

@@ -1,0 +1,203 @@
+"""Other names for snapshots: whatever happens, the tree consists of whole snapshots.
+
+    STATE_DIR/VM/.renaming.json    which snapshot gets which name, until that is done
+
+Files stay where they are, but for a memory image in the snapshot's own folder, which gets a
+second name there (a hard link). A rename first makes a copy under the new name, then moves what
+refers to the old one, then removes that: at every moment either name, or both, can be restored.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qsnapd.errors import (
+    Effect,
+    ManifestInvalid,
+    QsnapError,
+    SnapshotExists,
+    StoreError,
+    WrongState,
+)
+from qsnapd.image.files import replace_file, sync_directory
+from qsnapd.model.base import Frozen
+from qsnapd.model.names import SnapshotName
+from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
+from qsnapd.store.manifests import MANIFEST_NAME
+from qsnapd.store.snapshots import VmStore
+
+_log = logging.getLogger(__name__)
+
+RENAMING_NAME = ".renaming.json"
+_MEMORY_NAME = "memory.img"
+_LEFT_BEHIND = frozenset({MANIFEST_NAME, f".{MANIFEST_NAME}.new", ".import.json"})
+"""In a snapshot's folder, of no use under another name."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
+
+
+class Renaming(Frozen):
+    """A snapshot that is getting another name."""
+
+    old: SnapshotName
+    new: SnapshotName
+    keeps_old: bool = False
+    """It will have both: a copy."""
+
+
+def copy_snapshot(store: VmStore, name: str, new_name: str) -> Manifest:
+    """Give the snapshot *name* a second name, under which it is another child of its parent.
+
+    Preconditions: the VM's one job calls it.
+    On success: both exist and need the same files. On failure: as if never called.
+    Raises: UnknownSnapshot, SnapshotExists, WrongState, StoreError.
+    """
+    renaming = Renaming(old=name, new=new_name, keeps_old=True)
+    manifest = _begin(store, renaming)
+    _clear_later(store)
+    return manifest
+
+
+def rename_snapshot(store: VmStore, name: str, new_name: str) -> Manifest:
+    """Call the snapshot *name* something else; its children, and who runs on it, go along.
+
+    Preconditions: the VM's one job calls it; nobody reads the snapshot's files, no clone was
+    made of it, and nothing is to be started from it.
+    On failure: as if never called; with effect PARTIAL, both names exist until
+      `finish_renaming` has gone on, as the next start of the daemon does.
+    Raises: UnknownSnapshot, SnapshotExists, WrongState, StoreError.
+    """
+    renaming = Renaming(old=name, new=new_name)
+    manifest = _begin(store, renaming)
+    try:
+        _move(store, renaming)
+    except (OSError, QsnapError) as exc:
+        raise StoreError(
+            f"snapshot {name} is called {new_name} now, but its old name is not gone yet: {exc}; "
+            "that is tried again by the next such request, or when qsnapd starts",
+            effect=Effect.PARTIAL,
+        ) from exc
+    return manifest
+
+
+def finish_renaming(store: VmStore) -> str | None:
+    """Finish or undo what a rename or a copy has left unfinished; says what, if anything.
+
+    Idempotent. Raises: StoreError: it cannot, and is to be called again.
+    """
+    renaming = _read(store)
+    if renaming is None:
+        return None
+    store.unstage(renaming.new)
+    if renaming.new not in store.snapshots():
+        _clear(store)
+        return f"undid an unfinished second name of snapshot {renaming.old}: {renaming.new}"
+    if renaming.keeps_old:
+        _clear(store)
+        return None
+    with _failing(f"rename snapshot {renaming.old}"):
+        _move(store, renaming)
+    return f"finished renaming snapshot {renaming.old} to {renaming.new}"
+
+
+def _begin(store: VmStore, renaming: Renaming) -> Manifest:
+    """Have the snapshot under the new name, too."""
+    manifest = store.manifest(renaming.old)
+    if manifest.deleting:
+        raise WrongState(f"snapshot {manifest.name} is being deleted: finish that first")
+    if os.path.lexists(store.path(renaming.new)):
+        raise SnapshotExists(f"VM {store.vm!r} already has a snapshot {renaming.new!r}")
+    with _failing("write the record of the new name"):
+        replace_file(store.directory / RENAMING_NAME, renaming.model_dump_json(indent=1))
+    try:
+        staging = store.stage(renaming.new)
+        with _failing(f"give the files of snapshot {renaming.old} a second name"):
+            for name in _own_files(store.path(renaming.old)):
+                os.link(store.path(renaming.old) / name, staging / name, follow_symlinks=False)
+            sync_directory(staging)
+        renamed = _renamed(store, manifest, renaming.new)
+        store.commit(renaming.new, renamed)
+    except BaseException:
+        if renaming.new not in store.snapshots():
+            store.unstage(renaming.new)
+            _clear(store)
+        raise
+    return renamed
+
+
+def _own_files(folder: Path) -> list[str]:
+    with _failing(f"look into {folder}"):
+        names = sorted(set(os.listdir(folder)) - _LEFT_BEHIND)
+    if strangers := [name for name in names if name != _MEMORY_NAME]:
+        raise WrongState(
+            f"{folder} holds what qsnapd has not put there ({', '.join(strangers)}): move that "
+            "away first"
+        )
+    return names
+
+
+def _renamed(store: VmStore, manifest: Manifest, name: str) -> Manifest:
+    memory = manifest.memory
+    own = str(store.path(manifest.name) / _MEMORY_NAME)
+    if memory is not None and memory.path == own:
+        path = str(store.path(name) / _MEMORY_NAME)
+        file = memory.file.model_copy(update={"path": path}) if memory.file else None
+        memory = memory.model_copy(update={"path": path, "file": file})
+    changed = {"name": name, "memory": memory, "format": MANIFEST_FORMAT}
+    return manifest.model_copy(update=changed)
+
+
+def _move(store: VmStore, renaming: Renaming) -> None:
+    """Let what refers to the old name refer to the new one, and remove the old. Idempotent."""
+    for manifest in store.snapshots().values():
+        if manifest.parent == renaming.old and manifest.name != renaming.new:
+            store.replace(manifest.model_copy(update={"parent": renaming.new}))
+    if store.current_as_written() == renaming.old:
+        store.set_current(renaming.new)
+    store.leases.rename(renaming.old, renaming.new)
+    store.remove(renaming.old)
+    _clear_later(store)
+
+
+def _read(store: VmStore) -> Renaming | None:
+    path = store.directory / RENAMING_NAME
+    try:
+        return Renaming.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise StoreError(f"cannot read {path}: {exc.strerror}") from exc
+    except ValidationError as exc:
+        raise ManifestInvalid(
+            f"{path} is not understood ({exc.errors()[0]['msg']}); it was written by another "
+            "version of qsnapd"
+        ) from exc
+
+
+def _clear(store: VmStore) -> None:
+    with _failing("remove the record of the new name"):
+        (store.directory / RENAMING_NAME).unlink(missing_ok=True)
+        sync_directory(store.directory)
+
+
+def _clear_later(store: VmStore) -> None:
+    """All is done: a record that stays is found to be of no consequence by the next who looks."""
+    try:
+        _clear(store)
+    except StoreError as exc:
+        _log.warning("VM %s: %s", store.vm, exc)
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        why = exc.strerror or str(exc)
+        if exc.errno in _NO_LINKS:
+            why += " (this file system has no hard links)"
+        raise StoreError(f"cannot {what}: {why}") from exc
