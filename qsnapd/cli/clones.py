@@ -6,7 +6,7 @@ import click
 
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.jobs import follow
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, say
 from qsnapd.cli.restores import restore_options, restore_request
 
 IDENTITIES = click.Choice(["new", "keep"])
@@ -56,7 +56,7 @@ def add_to(group: click.Group) -> None:
             return
         click.echo(f"Domain {newname} cloned from {domain} at {snapshotname}")
         for note in reply["job"]["notes"]:
-            click.echo(f"  {note}")
+            say(f"  {note}")
 
     @verb(group, "undefine", "domain")
     @click.option(
@@ -69,7 +69,7 @@ def add_to(group: click.Group) -> None:
         if cli.json:
             print_json(reply)
             return
-        click.echo(f"Domain {domain} has been undefined")
+        click.echo(f"Domain '{domain}' has been undefined")
         for path in reply["removed"]:
             click.echo(f"  removed {path}")
 

@@ -9,7 +9,7 @@ import click
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.completion import complete_field
 from qsnapd.cli.jobs import follow
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, print_notes
 from qsnapd.cli.specs import DiskSpec, MemSpec, request_xml
 from qsnapd.errors import BadRequest, TargetRefused
 from qsnapd.xml.meaning import require_each_once
@@ -155,8 +155,7 @@ def _create(
     }
     reply = follow(cli, "CreateSnapshot", domain, request)
     if not cli.json:
-        for note in reply["job"]["notes"]:
-            click.echo(f"note: {note}", err=True)
+        print_notes(reply["job"]["notes"])
     snapshot: dict[str, Any] = reply["snapshot"]
     return snapshot
 

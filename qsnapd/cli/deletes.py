@@ -5,7 +5,7 @@ import click
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.jobs import follow
 from qsnapd.cli.looks import chosen
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, print_notes
 
 
 def add_to(group: click.Group) -> None:
@@ -41,5 +41,4 @@ def add_to(group: click.Group) -> None:
             return
         what = f"{name} children" if children_only else name
         click.echo(f"Domain snapshot {what} deleted")
-        for note in reply["job"]["notes"]:
-            click.echo(f"note: {note}", err=True)
+        print_notes(reply["job"]["notes"])

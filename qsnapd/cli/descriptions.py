@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from qsnapd.cli.arguments import Cli
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, say
 from qsnapd.errors import BadRequest, TargetRefused
 
 STANDARD = "-"
@@ -78,9 +78,9 @@ def print_scan(cli: Cli, result: dict[str, Any]) -> None:
     else:
         for found in result["found"]:
             why = f": {found['detail']}" if found["detail"] else ""
-            click.echo(f"{found['outcome']:<8}  {found['name'] or '?'}  {found['path']}{why}")
+            say(f"{found['outcome']:<8}  {found['name'] or '?'}  {found['path']}{why}")
             for note in found["notes"]:
-                click.echo(f"          note: {note}")
+                say(f"          note: {note}")
         taken = sum(found["outcome"] == "imported" for found in result["found"])
         click.echo(f"{taken} of {len(result['found'])} snapshots imported")
         if result["current"] is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from qsnapd.cli.arguments import Cli, verb
+from qsnapd.cli.output import say
 from qsnapd.errors import QsnapError
 
 _KINDS = ("lifecycle", "snapshot", "job")
@@ -51,7 +52,7 @@ def add_to(group: click.Group) -> None:
         try:
             for happened in _events(cli, domain, kinds, timeout):
                 count += 1
-                click.echo(json.dumps(happened) if cli.json else _line(happened, timestamp))
+                click.echo(json.dumps(happened)) if cli.json else say(_line(happened, timestamp))
                 if not loop:
                     break
         except KeyboardInterrupt:

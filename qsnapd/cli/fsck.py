@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from qsnapd.cli.arguments import Cli, verb
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, say
 
 
 def add_to(group: click.Group) -> None:
@@ -40,10 +40,10 @@ def add_to(group: click.Group) -> None:
 
 def _print(found: dict[str, Any]) -> None:
     for finding in found["findings"]:
-        click.echo(f"{finding['severity']}: {finding['code']}: {finding['what']}")
-        click.echo(f"    {'repaired' if finding['repaired'] else finding['mend']}")
+        say(f"{finding['severity']}: {finding['code']}: {finding['what']}")
+        say(f"    {'repaired' if finding['repaired'] else finding['mend']}")
     for words in found["skipped"]:
-        click.echo(f"skipped: {words}")
+        say(f"skipped: {words}")
     click.echo(f"Domain {found['vm']} {_verdict(found)}")
 
 

@@ -129,7 +129,8 @@ def _print_list(cli: Cli, snapshots: list[listing.Snapshot], given: listing.Flag
 
 def _labels(snapshot: dict[str, Any]) -> dict[str, object]:
     """Virsh's labels first, in its order, then what virsh cannot tell."""
-    memory = snapshot["memory"] or {}
+    memory, manual = snapshot["memory"] or {}, snapshot["manual_disks"]
+    left_out = [d["target"] for d in snapshot["left_out"] if d["target"] not in manual]
     labels: dict[str, object] = {
         "Name": snapshot["name"],
         "Domain": snapshot["vm"],
@@ -153,7 +154,8 @@ def _labels(snapshot: dict[str, Any]) -> dict[str, object]:
         "Allocated": size(memory["allocated_bytes"]) if memory else None,
         "SHA-256": memory.get("sha256"),
         "QEMU": snapshot["qemu_version"],
-        "Manual disks": ", ".join(snapshot["manual_disks"]) or None,
+        "Manual disks": ", ".join(manual) or None,
+        "Left out": ", ".join(left_out) or None,
     }
     disks = {f"Disk {disk['target']}": disk["frozen"] for disk in snapshot["disks"]}
     return labels | disks

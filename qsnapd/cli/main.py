@@ -30,6 +30,7 @@ from qsnapd.cli import (
     vms,
 )
 from qsnapd.cli.arguments import Cli
+from qsnapd.cli.output import say
 from qsnapd.errors import QsnapError
 
 DEFAULT_SOCKET = "/run/qsnapd/io.qsnapd"
@@ -129,7 +130,7 @@ def _complain(code: str, message: str, effect: str) -> None:
         line = f"error: {message}"
         if effect not in ("none", "rolled-back"):
             line += f" (effect: {effect})"
-    click.echo(line, err=True)
+    say(line, err=True)
 
 
 def _json_wanted() -> bool:

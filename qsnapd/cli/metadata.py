@@ -12,7 +12,7 @@ import click
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.creates import read_xml, redefine
 from qsnapd.cli.looks import chosen
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, say
 from qsnapd.errors import BadRequest, QsnapError, SnapshotExists, TargetRefused, UnknownSnapshot
 
 if TYPE_CHECKING:
@@ -113,19 +113,22 @@ class _Edit:
         if manifest.name == self.name:
             self._redefine(manifest.model_dump_json())
             return f"Snapshot {self.name} edited."
-        if self._clone:
-            self._require_free(manifest.name)
-            self._redefine(manifest.model_dump_json())
-            return f"Snapshot {self.name} cloned to {manifest.name}."
-        if not self._rename:
+        if not (self._rename or self._clone):
             raise BadRequest(
                 f"Must use --rename or --clone to change {self.name} to {manifest.name}"
             )
         self._require_free(manifest.name)
         as_before = manifest.model_copy(update={"name": self.name})
-        if as_before != self._before:
+        is_edited = as_before != self._before
+        if self._clone:
+            if is_edited:
+                self._redefine(manifest.model_dump_json())
+            else:
+                self._call("CopySnapshot", manifest.name)
+            return f"Snapshot {self.name} cloned to {manifest.name}."
+        if is_edited:
             redefine(self._cli, self._domain, as_before.model_dump_json())
-        self._rename_to(manifest.name)
+        self._call("RenameSnapshot", manifest.name)
         return f"Snapshot {self.name} renamed to {manifest.name}."
 
     def _redefine(self, manifest: str) -> None:
@@ -139,9 +142,9 @@ class _Edit:
                 return
         raise SnapshotExists(f"there is a snapshot {name} already")
 
-    def _rename_to(self, name: str) -> None:
+    def _call(self, method: str, name: str) -> None:
         with self._cli.connect() as client:
-            client.call("RenameSnapshot", vm=self._domain, name=self.name, new_name=name)
+            client.call(method, vm=self._domain, name=self.name, new_name=name)
             if self._current:
                 client.call("SetCurrentSnapshot", vm=self._domain, name=name)
 
@@ -172,7 +175,7 @@ def _wants_to_go_on(exc: QsnapError) -> bool:
     """Ask, as far as there is somebody to ask."""
     if not sys.stdin.isatty():
         return False
-    click.echo(f"error: {exc}", err=True)
+    say(f"error: {exc}", err=True)
     return click.confirm("Failed. Try again?", default=True, err=True)
 
 

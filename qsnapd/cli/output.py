@@ -7,6 +7,28 @@ from datetime import datetime
 import click
 
 
+def printable(words: object, keep: str = "") -> str:
+    """*words* without what could steer a terminal, as virsh does it in its tables.
+
+    They may come from a guest, whose administrator is not the host's.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in str(words)
+    )
+
+
+def say(words: str, *, err: bool = False) -> None:
+    """Print lines that others have had a part in."""
+    click.echo(printable(words, "\n\t"), err=err)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what else there is to know, where it is in no script's way."""
+    for note in notes:
+        say(f"note: {note}", err=True)
+
+
 def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
@@ -15,7 +37,7 @@ def print_table(
     header: Sequence[str], rows: Iterable[Sequence[object]], *, quiet: bool = False
 ) -> None:
     """Print a table like virsh's, an empty line after it; *quiet*: without its header."""
-    table = [[str(cell) for cell in row] for row in rows]
+    table = [[printable(cell) for cell in row] for row in rows]
     if not quiet:
         table.insert(0, list(header))
     widths = [max((len(row[column]) for row in table), default=0) for column in range(len(header))]
@@ -32,7 +54,7 @@ def print_labels(labels: Mapping[str, object], width: int = 15) -> None:
     """Print one `Label:   value` per line; what is None is left out."""
     for label, value in labels.items():
         if value is not None:
-            click.echo(f"{label + ':':<{width}} {value}")
+            click.echo(f"{label + ':':<{width}} {printable(value)}")
 
 
 def print_tree(parents: Mapping[str, str | None]) -> None:

@@ -8,7 +8,7 @@ import click
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.jobs import follow
 from qsnapd.cli.looks import chosen
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, print_notes
 from qsnapd.errors import BadRequest
 
 Verb = Callable[..., None]
@@ -85,5 +85,4 @@ def _report(cli: Cli, reply: dict[str, Any]) -> None:
     click.echo(f"Domain snapshot {job['snapshot']} reverted")
     if job["kept"]:
         click.echo(f"The state before is kept as snapshot {job['kept']}")
-    for note in job["notes"]:
-        click.echo(f"note: {note}", err=True)
+    print_notes(job["notes"])

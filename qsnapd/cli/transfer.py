@@ -11,7 +11,7 @@ import click
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.descriptions import STANDARD, print_scan, read_description, write_description
 from qsnapd.cli.jobs import open_meter
-from qsnapd.cli.output import print_json, size
+from qsnapd.cli.output import print_json, print_notes, size
 from qsnapd.errors import TargetRefused
 
 
@@ -130,8 +130,7 @@ def _tell_imported(cli: Cli, reply: dict[str, Any]) -> None:
         print_json({"snapshot": reply["snapshot"], "notes": reply["notes"]})
         return
     click.echo(f"Domain snapshot {reply['snapshot']['name']} imported")
-    for note in reply["notes"]:
-        click.echo(f"note: {note}", err=True)
+    print_notes(reply["notes"])
 
 
 def _export(

@@ -6,7 +6,7 @@ import click
 
 from qsnapd.cli.arguments import Cli, verb
 from qsnapd.cli.looks import chosen
-from qsnapd.cli.output import print_json
+from qsnapd.cli.output import print_json, say
 
 
 def add_to(group: click.Group) -> None:
@@ -30,7 +30,7 @@ def add_to(group: click.Group) -> None:
             print_json(found)
         else:
             for check in found["checks"]:
-                click.echo(f"{check['what'] + ':':<16} {check['outcome']:<9}  {check['detail']}")
+                say(f"{check['what'] + ':':<16} {check['outcome']:<9}  {check['detail']}")
             click.echo(f"Domain snapshot {name} {_verdict(found)}")
         if not found["sound"]:
             raise click.exceptions.Exit(1)

@@ -1,7 +1,7 @@
 """Changes of what is kept of snapshots: names, descriptions, places in the tree."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 
@@ -10,7 +10,7 @@ import trio
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
-from qsnapd.errors import SnapshotExists, WrongState
+from qsnapd.errors import QsnapError, SnapshotExists, WrongState
 from qsnapd.image.slow import SLOW
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
@@ -20,6 +20,8 @@ from qsnapd.snapshot.redefine import Present, redefine
 from qsnapd.store.renaming import copy_snapshot, finish_renaming, rename_snapshot
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.disks import read_disks
+
+MEND_LIMIT_S = 60.0
 
 
 class Editing:
@@ -33,7 +35,7 @@ class Editing:
         """See `Host.redefine`."""
         manifest = parse_manifest(text, "the manifest that was sent")
         supervisor = self._fleet.find(name)
-        async with _claimed(supervisor, manifest.name):
+        async with _prepared(supervisor, manifest.name):
             work = partial(
                 redefine,
                 *(supervisor.store, manifest, await present_of(supervisor)),
@@ -49,17 +51,12 @@ class Editing:
         """See `Host.rename_snapshot`."""
         supervisor = self._fleet.find(name)
         _require_another(snapshot, new_name)
-        async with _claimed(supervisor, snapshot):
-            clones = await trio.to_thread.run_sync(self._fleet.clones_from, name, snapshot)
-            if clones:
-                raise WrongState(
-                    f"snapshot {snapshot} of VM {name} cannot be renamed: clones were made of it "
-                    f"({', '.join(clones)}), and are started again from what is called so; "
-                    "snapshot-edit --clone gives it a second name"
-                )
-            await _require_no_start(supervisor, snapshot)
+        async with _prepared(supervisor, snapshot):
             what = f"snapshot {snapshot} is being renamed"
+            # first of all: who makes a clone reads it, and is registered before that ends
             with supervisor.store.leases.changing([snapshot], what):
+                await self._require_no_clones(name, snapshot)
+                await _require_no_start(supervisor, snapshot)
                 await _finishing(partial(rename_snapshot, supervisor.store, snapshot, new_name))
         self._tell(name, new_name, f"renamed from {snapshot}")
 
@@ -67,7 +64,7 @@ class Editing:
         """See `Host.copy_snapshot`."""
         supervisor = self._fleet.find(name)
         _require_another(snapshot, new_name)
-        async with _claimed(supervisor, snapshot):
+        async with _prepared(supervisor, snapshot):
             with supervisor.store.leases.reading(snapshot, "a copy"):
                 await _finishing(partial(copy_snapshot, supervisor.store, snapshot, new_name))
         self._tell(name, new_name, f"copied from {snapshot}")
@@ -75,10 +72,19 @@ class Editing:
     async def set_current(self, name: str, snapshot: str) -> None:
         """See `Host.set_current`."""
         supervisor = self._fleet.find(name)
-        async with _claimed(supervisor, snapshot):
+        async with _prepared(supervisor, snapshot):
             supervisor.store.manifest(snapshot)  # refuses an unknown one
             await _finishing(partial(supervisor.store.set_current, snapshot))
         self._tell(name, snapshot, "set as current")
+
+    async def _require_no_clones(self, name: str, snapshot: str) -> None:
+        clones = await trio.to_thread.run_sync(self._fleet.clones_from, name, snapshot)
+        if clones:
+            raise WrongState(
+                f"snapshot {snapshot} of VM {name} cannot be renamed: clones were made of it "
+                f"({', '.join(clones)}), and are started again from what is called so; "
+                "snapshot-edit --clone gives it a second name"
+            )
 
     def _tell(self, vm: str, snapshot: str, detail: str) -> None:
         self._events.publish(
@@ -94,20 +100,35 @@ class Editing:
 
 
 @asynccontextmanager
-async def _claimed(supervisor: Supervisor, snapshot: str) -> AsyncIterator[None]:
-    """Keep jobs from changing the VM meanwhile, once what they left unfinished is ended.
-
-    Raises: VmBusy: one does. WrongState: it cannot be ended yet. What ending it raises.
-    """
-    job = Job(0, supervisor.name, JobKind.EDIT, snapshot, lambda job: None)
+async def claimed(
+    supervisor: Supervisor, kind: JobKind, snapshot: str | None = None
+) -> AsyncIterator[None]:
+    """Keep jobs from changing the VM meanwhile. Raises: VmBusy: one does."""
+    job = Job(0, supervisor.name, kind, snapshot, lambda job: None)
     supervisor.claim(job)
+    before = supervisor.attached
     try:
+        yield
+    finally:
+        supervisor.job = None  # not worth being anybody's last one
+        supervisor.thawer.look()
+        vm = supervisor.attached
+        if vm not in (None, before):  # who attaches while a job runs is not looked after
+            with trio.move_on_after(MEND_LIMIT_S, shield=True), suppress(QsnapError):
+                await supervisor.look_after(vm)
+
+
+@asynccontextmanager
+async def _prepared(supervisor: Supervisor, snapshot: str) -> AsyncIterator[None]:
+    """The same, once what jobs have left unfinished is ended.
+
+    Raises: VmBusy. WrongState: it cannot be ended yet. What ending it raises.
+    """
+    async with claimed(supervisor, JobKind.EDIT, snapshot):
         await supervisor.mender.mend_before_job()
         await trio.to_thread.run_sync(_require_nothing_unfinished, supervisor.store)
         await _finishing(partial(finish_renaming, supervisor.store))
         yield
-    finally:
-        supervisor.job = None  # not worth being anybody's last one
 
 
 def _require_nothing_unfinished(store: VmStore) -> None:

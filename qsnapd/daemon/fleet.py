@@ -309,8 +309,10 @@ class Fleet(Mapping[str, Supervisor]):
                 await trio.to_thread.run_sync(self._store.require_no_snapshots, name)
                 removed: tuple[str, ...] = ()
                 if registration is not None:
+                    images = await trio.to_thread.run_sync(supervisor.store.made.files)
+                    files = [made.file for made in images]
                     removed = await trio.to_thread.run_sync(
-                        lambda: remove_made(registration, storage=remove_storage)
+                        lambda: remove_made(registration, storage=remove_storage, images=files)
                     )
                 await trio.to_thread.run_sync(self._store.forget, name)
             except StoreError:

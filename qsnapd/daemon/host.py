@@ -56,6 +56,8 @@ _SNAPSHOT_EVENTS = {
     (JobKind.REVERT, Phase.DONE): "reverted",
     (JobKind.CLONE, Phase.DONE): "cloned",
 }
+_ASKERS_OWN = (JobKind.EDIT, JobKind.REPAIR)
+"""Jobs that are part of a client's call."""
 
 
 class LocalHost:
@@ -355,6 +357,11 @@ class LocalHost:
         job = self._fleet.find(name).job
         if job is None:
             raise WrongState(f"no job is running on VM {name}")
+        if job.kind in _ASKERS_OWN:
+            raise WrongState(
+                f"VM {name} is busy with a {job.kind} job: it ends soon, or with the command that "
+                "asked for it (Ctrl-C)"
+            )
         job.cancel()
 
     def snapshots(self, name: str) -> tuple[Manifest, ...]:

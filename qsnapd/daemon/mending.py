@@ -9,12 +9,13 @@ from typing import Protocol
 
 import trio
 
-from qsnapd.errors import QsnapError
+from qsnapd.errors import Effect, QsnapError
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.plan import JournalEntry, RevertPlan
 from qsnapd.snapshot.delete import Deletion, Others
 from qsnapd.snapshot.delete_recovery import recover_deletion
+from qsnapd.snapshot.former_names import note_disks
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.recovery import (
     recover,
@@ -177,6 +178,9 @@ class Mender:
                 await job.run(partial(deletion.run, name))
                 if self._vm.attached is not None:
                     await self._vm.launcher.follow(self._vm.attached)
+                    await note_disks(self._vm.attached, self._vm.store)
+                if job.effect is Effect.UNKNOWN:  # the guest may be held back
+                    await self.mend_after_job()
             finally:
                 self._vm.let_go()
             if job.error is None:

@@ -152,8 +152,7 @@ class Supervisor:
         self.tracker.on_attached(status, self._remembered(vm))
         if self.job is None:
             self.problem = "an unfinished job of a former daemon is being finished or undone"
-            await self.mender.mend_attached(vm)
-            await self._forget_other_starts()
+            await self.look_after(vm)
         await self.launcher.follow(vm)
         await note_disks(vm, self.store)
         _log.info("VM %s: attached to QEMU %s, pid %d", self.name, vm.version.text, vm.identity.pid)
@@ -166,8 +165,12 @@ class Supervisor:
         self._unsaved.set()
         self._announce()
 
-    async def _forget_other_starts(self) -> None:
-        """The VM was started: what was to be started instead is void."""
+    async def look_after(self, vm: AttachedVm) -> None:
+        """End what was left unfinished; what was to be started instead of *vm* is void.
+
+        Preconditions: no job changes the VM.
+        """
+        await self.mender.mend_attached(vm)
         await trio.to_thread.run_sync(self.store.next_start.clear)
         await self.launcher.abandon()
 

@@ -1,15 +1,15 @@
 """What keeps a VM's part of the store in order: examining it, and taking snapshots in again."""
 
 import os
-from collections.abc import AsyncIterator, Sequence, Set
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence, Set
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from qsnapd.daemon.editing import present_of
+from qsnapd.daemon.editing import claimed, present_of
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
@@ -27,13 +27,10 @@ from qsnapd.snapshot.fsck_facts import Around, gather
 from qsnapd.snapshot.fsck_graph import goes_on_from
 from qsnapd.snapshot.fsck_live import look_live
 from qsnapd.snapshot.imported import import_snapshot, notes
-from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.meter import Meter, Tell
 from qsnapd.snapshot.redefine import require_unwritten
 from qsnapd.snapshot.scan import Found, current_in, look_through, open_memory
 from qsnapd.snapshot.take_in import bring_children_back, forget_lost_parents, take_in
-
-MEND_LIMIT_S = 60.0
 
 
 class Upkeep:
@@ -56,7 +53,7 @@ class Upkeep:
         )
         if not repair:
             return await examination.check(is_busy=supervisor.job is not None)
-        async with _claimed(supervisor):
+        async with claimed(supervisor, JobKind.REPAIR):
             return await examination.check(is_busy=False, repairs=True)
 
     async def take_in_metadata(
@@ -65,7 +62,7 @@ class Upkeep:
         """See `Host.take_in_metadata`."""
         supervisor = self._fleet.find(name)
         manifest = parse_manifest(text, "the manifest that was sent")
-        async with _claimed(supervisor):
+        async with claimed(supervisor, JobKind.REPAIR):
             adopted = await _take_in(supervisor, manifest, tell, name=new_name)
             taken = {adopted.manifest.name}
             with trio.CancelScope(shield=True):
@@ -78,7 +75,7 @@ class Upkeep:
     async def scan(self, name: str, directory: str, tell: Tell) -> ScanResult:
         """See `Host.scan`."""
         supervisor = self._fleet.find(name)
-        async with _claimed(supervisor):
+        async with claimed(supervisor, JobKind.REPAIR):
             found = await trio.to_thread.run_sync(look_through, Path(directory))
             names = frozenset(each.manifest.name for each in found if each.manifest)
             take = partial(self._take_in_found, supervisor, tell=tell, parents=names)
@@ -204,18 +201,3 @@ async def _take_in(
         )
 
     return await trio.to_thread.run_sync(work, limiter=SLOW)
-
-
-@asynccontextmanager
-async def _claimed(supervisor: Supervisor) -> AsyncIterator[None]:
-    """Keep jobs from changing the VM meanwhile. Raises: VmBusy: one does."""
-    job = Job(0, supervisor.name, JobKind.REPAIR, None, lambda job: None)
-    supervisor.claim(job)
-    before = supervisor.attached
-    try:
-        yield
-    finally:
-        supervisor.job = None
-        if supervisor.attached not in (None, before):  # who attaches while a job runs is not mended
-            with trio.move_on_after(MEND_LIMIT_S, shield=True), suppress(QsnapError):
-                await supervisor.mender.mend_before_job()

@@ -186,11 +186,16 @@ def remove_if_ours(path: Path, device: int, inode: int) -> bool:
     Raises: StoreError: it is ours and cannot be removed.
     """
     try:
-        status = os.lstat(path)
-        if (status.st_dev, status.st_ino) != (device, inode):
-            return False
-        path.unlink()
-        return True
+        # The folder is opened once: by a link in its place it would lead elsewhere then.
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            status = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) != (device, inode):
+                return False
+            os.unlink(path.name, dir_fd=folder)
+            return True
+        finally:
+            os.close(folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as exc:

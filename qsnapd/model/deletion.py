@@ -80,6 +80,8 @@ class DeletePlan(Frozen):
     merges: tuple[Merge, ...]
     doomed: tuple[FileIdentity, ...] = ()
     """Files of ours that nothing needs then."""
+    switched: bool = False
+    """Some merges may have been switched, and others were not: there is no way back."""
     memory: FileIdentity | None = None
     """The memory image, if it lies outside of the snapshot's folder."""
     notes: tuple[str, ...] = ()

@@ -254,4 +254,5 @@ class JournalEntry(Frozen):
     made: tuple[FileIdentity, ...] = ()
     """Files that the job has created, known once they exist; none is removed without this."""
     given: tuple[FileIdentity, ...] = ()
-    """Files of others that were meant for its overlays, known before they are written to."""
+    """Files of others that its overlays are in: empty ones are known before they are written to,
+    those that held something once they hold an overlay."""

@@ -48,6 +48,7 @@ async def capture_background(capture: Capture) -> None:
                 ) from None
         capture.capture_ms = watch.ms
         if vm.at_least_10:
+            capture.require_held()
             await capture.release_at_once()
         else:
             # QEMU <= 8.2 has started the guest itself, right after protecting its memory.

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import trio
 
-from qsnapd.errors import CommandRefused
+from qsnapd.errors import CaptureFailed, CommandRefused
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import PauseParts
 from qsnapd.model.state import Condition
@@ -38,6 +38,8 @@ class Capture:
     capture_ms: float = 0.0
     pivoted_at: datetime | None = None
     quiesced: Quiesced | None = None
+    ran: bool = False
+    """Whether the guest ran when its disks moved; known afterwards."""
 
     def parts(self) -> PauseParts:
         return PauseParts(
@@ -48,9 +50,12 @@ class Capture:
         self.job.report(progress_of(info))
 
     async def halt(self) -> None:
-        """Stop the guest, if it was running; QEMU drains and flushes its disks."""
+        """Stop the guest, if it runs; QEMU drains and flushes its disks.
+
+        It may run by now though it stood still when the plan was made.
+        """
         self.window.begun = True
-        if self.plan.was_running:
+        if self.plan.was_running or self.vm.tracker.running:
             begun_s = trio.current_time()
             await self.vm.session.execute(Stop())
             self.stop_ms = _since_ms(begun_s)
@@ -58,11 +63,25 @@ class Capture:
     async def pivot(self) -> None:
         """Move every disk to its overlay, all at once or none."""
         self.pivoted_at = datetime.now(UTC)
+        self.window.resumed = False
+        self.ran = self.vm.tracker.running
         if self.plan.pivots:
             begun_s = trio.current_time()
             actions = pivot_actions(self.plan.pivots)
             await self.vm.session.execute(Transaction(actions=actions))
             self.pivot_ms = _since_ms(begun_s)
+        self.ran |= self.vm.tracker.running
+
+    def require_held(self) -> None:
+        """Make sure that the guest has stood still since its disks moved.
+
+        Raises: CaptureFailed: somebody has resumed it, on another monitor.
+        """
+        if self.ran or self.window.resumed:
+            raise CaptureFailed(
+                f"VM {self.plan.vm} was resumed past qsnapd, on another monitor, while it was to "
+                "stand still: its disks and what is saved with them are not of one instant"
+            )
 
     async def begin_saving(self) -> None:
         assert self.target is not None, "a checkpoint has a place for its memory"

@@ -148,6 +148,7 @@ class Checkpoint:
         store = self._store
         try:
             self._vm = await self._vm.with_cpu()
+            self._vm.tracker.resume_asked = False  # that was during an earlier job
             now = await look(
                 self._vm,
                 snapshots=frozenset(store.snapshots()),
@@ -161,7 +162,8 @@ class Checkpoint:
         plan = plan_checkpoint(request, now, provisions=self._provisions, holds=holds)
         self._job.snapshot = plan.name
         staging = store.partial_path(plan.name)
-        plan = await trio.to_thread.run_sync(check_targets, plan, store.directory, staging)
+        named = {disk.file for disk in request.disks}
+        plan = await trio.to_thread.run_sync(check_targets, plan, store.directory, staging, named)
         if plan.agent is not None:
             await require_freezable(self._vm, self._provisions.require_agent(plan.vm))
         identity_of_qemu = self._vm.identity
@@ -175,10 +177,12 @@ class Checkpoint:
             with self._made:
                 manifest = await self._run(plan, entry)
         except BaseException as exc:
+            was = exc.effect if isinstance(exc, QsnapError) else Effect.NONE
+            self._set_effect(exc, Effect.UNKNOWN)  # until the journal has been worked through
             with trio.move_on_after(UNDO_LIMIT_S, shield=True):
-                # Committed all the same? Then the next start settles it, by the journal.
+                # Committed all the same? Then the mender settles it, by the journal.
                 if not await self._is_committed():
-                    await self._undo(plan, exc)
+                    await self._undo(plan, exc, was)
             raise
         await self._settle(plan)
         return manifest
@@ -230,12 +234,14 @@ class Checkpoint:
         files = list(zip(plans, map(identity, overlays), strict=True))
         made = [file for overlay, file in files if overlay.place is Place.NEW]
         given = [file for overlay, file in files if overlay.place is not Place.NEW]
+        empty = [file for overlay, file in files if overlay.place is Place.EMPTY]
         memories = [identity(target.descriptor)] if target else []
-        entry = entry.model_copy(update={"made": (*memories, *made), "given": tuple(given)})
-        self._entry = entry
-        await trio.to_thread.run_sync(self._store.journal.write, entry)
+        entry = entry.model_copy(update={"made": (*memories, *made), "given": tuple(empty)})
+        await self._write_down(entry)
         for overlay, descriptor in zip(plans, overlays, strict=True):
             await complete_overlay(overlay, descriptor, qemu_img=self._qemu_img)
+        if given != empty:  # what these held before must never be merged into a disk
+            await self._write_down(entry.model_copy(update={"given": tuple(given)}))
         await publish_overlays(plans)
         for pivot, descriptor in zip(plan.pivots, overlays, strict=True):
             await add_overlay_node(self._vm, pivot, descriptor)
@@ -244,6 +250,10 @@ class Checkpoint:
             await target.hand_over(session)
         await trio.to_thread.run_sync(flush_disks, plan)
         return target
+
+    async def _write_down(self, entry: JournalEntry) -> None:
+        self._entry = entry
+        await trio.to_thread.run_sync(self._store.journal.write, entry)
 
     async def _open(self, opening: partial[int]) -> int:
         descriptor = await trio.to_thread.run_sync(opening)
@@ -265,14 +275,13 @@ class Checkpoint:
         committed = plan.model_copy(update={"committed": True})
         self._store.journal.write(self._entry.model_copy(update={"plan": committed}))
 
-    async def _undo(self, plan: CheckpointPlan, cause: BaseException) -> None:
+    async def _undo(self, plan: CheckpointPlan, cause: BaseException, was: Effect) -> None:
         """Put everything back; the journal stays if that fails, for the next attempt.
 
+        *was*: the effect that *cause* had by itself.
         Raises: GuestLeftPaused: the one failure that is worse than *cause*.
         """
         self._job.enter(Phase.UNDOING)
-        was = cause.effect if isinstance(cause, QsnapError) else Effect.NONE
-        self._set_effect(cause, Effect.UNKNOWN)
         entry = await trio.to_thread.run_sync(self._store.journal.read)
         assert entry is not None, "the journal holds the plan until the job has ended"
         try:

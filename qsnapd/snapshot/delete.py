@@ -10,16 +10,22 @@ from collections.abc import Callable, Collection, Sequence
 
 import trio
 
-from qsnapd.errors import Effect, QsnapError, SessionLost, VmError
+from qsnapd.errors import Effect, QsnapError, SessionLost, VmError, WrongState
 from qsnapd.model.deletion import DeletePlan, Merge
 from qsnapd.model.job import Phase, Progress
 from qsnapd.model.snapshot import Manifest
-from qsnapd.snapshot.delete_checks import refuse_by_state, refuse_mapped, require_room
+from qsnapd.snapshot.delete_checks import (
+    refuse_by_state,
+    refuse_mapped,
+    refuse_newer,
+    refuse_open,
+    require_nothing_unfinished,
+    require_room,
+)
 from qsnapd.snapshot.delete_finish import (
     mark,
     remove_snapshot,
     settle_images,
-    spoil_forgotten,
 )
 from qsnapd.snapshot.delete_live import LiveMerges, let_go_of
 from qsnapd.snapshot.delete_offline import below_of, lies_over, merge_images, put_onto
@@ -31,7 +37,7 @@ from qsnapd.snapshot.start import Seat
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.identity import is_still, key_of
-from qsnapd.vm.live_chain import LiveDisk, read_live
+from qsnapd.vm.live_chain import LiveDisk, read_live, read_read_only
 
 UNDO_LIMIT_S = 120.0
 TRIES = 3
@@ -73,12 +79,16 @@ class Deletion:
         """
         manifest = self._store.manifest(name)
         vm = self._seat.attached
-        scene = await self._look(vm)
-        plan = await trio.to_thread.run_sync(plan_deletion, name, scene)
-        await self._refuse(vm, scene, plan, manifest)
-        self._job.notes += plan.notes
-        what = f"snapshot {name} is being deleted"
-        with self._store.leases.changing(affected(plan, scene.snapshots), what):
+        await trio.to_thread.run_sync(require_nothing_unfinished, self._store)
+        plan, scene = await self._plan(vm, name)
+        changes = set(affected(plan, scene.snapshots))
+        with self._store.leases.changing(changes, f"snapshot {name} is being deleted"):
+            # Again: what a clone that was just made needs is seen now, or it is not begun.
+            plan, scene = await self._plan(vm, name)
+            if not changes.issuperset(affected(plan, scene.snapshots)):
+                raise WrongState(f"the images of VM {self._seat.name} have changed: try again")
+            await self._refuse(vm, scene, plan, manifest)
+            self._job.notes += plan.notes
             await self._delete(vm, plan, was_marked=manifest.deleting)
         return manifest
 
@@ -93,13 +103,29 @@ class Deletion:
         await trio.to_thread.run_sync(_settle_streams, self._store, plan)
         await trio.to_thread.run_sync(self._store.deletion.clear)
 
+    async def go_on(self, vm: AttachedVm | None, plan: DeletePlan) -> None:
+        """Finish a deletion that began to switch and came not to its end. Not to be cancelled.
+
+        Raises: VmError, StoreError: the journal stands.
+        """
+        if not plan.done:
+            if vm is not None:
+                await LiveMerges(vm.session, plan.token).cancel()
+            plan = await self._merge(vm, plan)
+        await self.finish(vm, plan)
+
     # --- before --------------------------------------------------------------------------
+
+    async def _plan(self, vm: AttachedVm | None, name: str) -> tuple[DeletePlan, Scene]:
+        scene = await self._look(vm)
+        return await trio.to_thread.run_sync(plan_deletion, name, scene), scene
 
     async def _look(self, vm: AttachedVm | None) -> Scene:
         store = self._store
         if vm is None:
             require_no_qemu(self._seat.name, self._seat.qmp)
         live = await read_live(vm.session, vm.identity.pid) if vm else None
+        read_only = await read_read_only(vm.session, vm.identity.pid) if vm else {}
         graph = await trio.to_thread.run_sync(lambda: read_graph(store, self._others(), live))
         return Scene(
             vm=store.vm,
@@ -109,12 +135,15 @@ class Deletion:
             live=live,
             pid=vm.identity.pid if vm else 0,
             start_time_ticks=vm.identity.start_time_ticks if vm else 0,
+            read_only=read_only,
         )
 
     async def _refuse(
         self, vm: AttachedVm | None, scene: Scene, plan: DeletePlan, manifest: Manifest
     ) -> None:
         await trio.to_thread.run_sync(refuse_mapped, self._store.leases, manifest, scene)
+        await trio.to_thread.run_sync(refuse_open, plan, scene)
+        await trio.to_thread.run_sync(refuse_newer, plan, scene)
         if vm is not None and any(scene.live_disk(merge.upper.key) for merge in plan.merges):
             await refuse_by_state(vm)
         await trio.to_thread.run_sync(require_room, plan, scene)
@@ -127,7 +156,6 @@ class Deletion:
         try:
             if plan.commits:
                 await trio.to_thread.run_sync(lambda: mark(store, plan.name, deleting=True))
-                await trio.to_thread.run_sync(spoil_forgotten, store, plan.merges)
             self._job.enter(Phase.MERGING)
             plan = await self._merge(vm, plan)
             for number in range(len(plan.merges)):
@@ -214,6 +242,8 @@ class Deletion:
         plan = await self._read() or plan
         if isinstance(cause, SessionLost):
             return  # QEMU may be gone or not: whoever finds out goes on
+        if plan.merges and plan.done:
+            return  # it is noted that it may be switched: it has to be
         try:
             await self.give_up(vm, plan)
             if plan.commits and not self._has_committed and not was_marked:
@@ -283,7 +313,7 @@ class Deletion:
                 await let_go_of(vm.session, nodes, paths)
                 return plan, disks
             # The guest has gone on writing to what was merged already.
-            plan = _done(plan, again, done=False)
+            plan = _done(plan, again, done=False).model_copy(update={"switched": True})
             await self._write(plan)
             plan = await self._merge(vm, plan)
         raise VmError(

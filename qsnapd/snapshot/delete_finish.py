@@ -41,22 +41,17 @@ def mark(store: VmStore, name: str, *, deleting: bool) -> None:
         store.replace(manifest.model_copy(update={"deleting": deleting}))
 
 
-def spoil_forgotten(store: VmStore, merges: Iterable[Merge]) -> None:
-    """Note in what is left of forgotten snapshots that their images are being overwritten.
-
-    Raises: StoreError.
-    """
-    lowers = [merge.lower for merge in merges if merge.kind == "commit"]
+def _settle_forgotten(store: VmStore, merge: Merge) -> None:
     for folder in store.forgotten():
         path = folder / MANIFEST_NAME
         try:
             manifest = read_manifest(path)
-            images = [disk.chain[0] for disk in manifest.disks if disk.chain]
-            if any(_is(file, lower) for file in images for lower in lowers):
-                spoilt = manifest.model_copy(update={"deleting": True, "format": MANIFEST_FORMAT})
-                replace_file(path, spoilt.model_dump_json(indent=1) + "\n")
+            changed = without(manifest, merge)
+            if changed != manifest:
+                changed = changed.model_copy(update={"format": MANIFEST_FORMAT})
+                replace_file(path, changed.model_dump_json(indent=1) + "\n")
         except (OSError, StoreError) as exc:
-            _log.warning("%s is not looked into: %s", path, exc)
+            _log.warning("%s is not kept up to date: %s", path, exc)
 
 
 def settle_images(store: VmStore, merges: Iterable[Merge], *, but: str) -> None:
@@ -70,13 +65,17 @@ def settle_images(store: VmStore, merges: Iterable[Merge], *, but: str) -> None:
             changed = without(manifest, merge)
             if name != but and changed != manifest:
                 store.replace(changed)
+        _settle_forgotten(store, merge)
         _settle_last_seen(store, merge)
 
 
 def without(manifest: Manifest, merge: Merge) -> Manifest:
     """The manifest with one image fewer in its chains, where it has both; pure."""
     disks = tuple(_merged(disk, merge) for disk in manifest.disks)
-    return manifest.model_copy(update={"disks": disks}) if disks != manifest.disks else manifest
+    left_out = tuple(_merged(disk, merge) for disk in manifest.left_out)
+    if (disks, left_out) == (manifest.disks, manifest.left_out):
+        return manifest
+    return manifest.model_copy(update={"disks": disks, "left_out": left_out})
 
 
 def _merged(disk: DiskLayer, merge: Merge) -> DiskLayer:
@@ -166,21 +165,26 @@ def _refuse_newer(store: VmStore, plan: DeletePlan, file: FileIdentity) -> None:
 
 
 def _refuse_open(file: FileIdentity) -> None:
-    """Keep an image that some QEMU has open, by the locks that it takes. Raises: StoreError."""
+    """Keep an image that some QEMU has open. Raises: StoreError."""
+    if is_locked(file):
+        raise StoreError(
+            f"{file.path} is open in a QEMU, which may have been started on it just now: it is "
+            "looked at again when that answers, or has ended"
+        )
+
+
+def is_locked(file: FileIdentity) -> bool:
+    """Whether some QEMU has an image open, by the locks that it takes."""
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return
+        return False
     try:
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, *_QEMU_LOCKS, 0)
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
-        if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-            raise StoreError(
-                f"{file.path} is open in a QEMU, which may have been started on it just now: it is "
-                "looked at again when that answers, or has ended"
-            )
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
     except OSError:
-        return  # a file system without locks
+        return False  # a file system without locks
     finally:
         os.close(fd)
 

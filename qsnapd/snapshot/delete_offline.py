@@ -5,6 +5,7 @@ of other files opens more than its owner could. What is copied is on stable stor
 """
 
 import os
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ async def put_onto(image: Image, below: Image | None, *, qemu_img: str) -> None:
 
 def lies_over(image: Image, below: Image) -> bool:
     """Whether the header of *image* names *below*. Blocks. Raises: StoreError."""
-    return below_of(image) == key_of(below.path)
+    found = below_of(image)
+    return found is not None and found == key_of(below.path)
 
 
 def below_of(image: Image) -> tuple[int, int] | None:
@@ -89,7 +91,13 @@ def _sync(image: Image) -> None:
 
 async def _run(qemu_img: str, words: list[str], image: Image, what: str, limit_s: float) -> None:
     """Run qemu-img as the image's owner."""
-    owner = await trio.to_thread.run_sync(Path(image.path).stat)
+    try:
+        owner = await trio.to_thread.run_sync(Path(image.path).stat)
+    except OSError as exc:
+        raise StoreError(f"{what}: {image.path}: {exc.strerror}") from exc
+    # Looked at once: else it might be another's by now, and be opened as that one.
+    if owner.st_ino != image.file.inode and not stat.S_ISBLK(owner.st_mode):
+        raise StoreError(f"{what}: {image.path} is another file than it was")
     identity: dict[str, Any] = {}
     if os.geteuid() == 0 and owner.st_uid != 0:
         identity = {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}

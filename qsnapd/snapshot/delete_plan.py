@@ -7,7 +7,7 @@ holds is copied into each of them, and F goes. Only what qsnapd has made ever go
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qsnapd.errors import Blocked, WrongState
 from qsnapd.model.deletion import DeletePlan, Merge
@@ -30,6 +30,8 @@ class Scene:
     """None: the VM does not run."""
     pid: int = 0
     start_time_ticks: int = 0
+    read_only: Mapping[FileKey, str] = field(default_factory=dict)
+    """Images that the running VM has open for reading alone, and the targets of those disks."""
 
     def live_disk(self, key: FileKey) -> tuple[LiveDisk, int] | None:
         """The running VM's disk that has this image, and how far down."""
@@ -38,12 +40,27 @@ class Scene:
                 return disk, depth
         return None
 
+    def is_written_to(self, key: FileKey) -> bool:
+        """Whether the VM writes to this image, or did when it last ran."""
+        where = self.live_disk(key)
+        return where[1] == 0 if where is not None else key in self.graph.last_on
+
     def frozen_by(self, key: FileKey, but: str) -> list[str]:
-        """Other snapshots that show this very image."""
-        return sorted(
+        """Other snapshots that show this very image, also those that only were forgotten."""
+        listed = (
             name
             for name, manifest in self.snapshots.items()
             if name != but and any(key_of(disk.frozen) == key for disk in manifest.disks)
+        )
+        forgotten = (f"{name} (forgotten)" for name in self.graph.forgotten.get(key, ()))
+        return sorted((*listed, *forgotten))
+
+    def left_out_by(self, key: FileKey, but: str) -> list[str]:
+        """Other snapshots whose disks go on from this very image when they are restored."""
+        return sorted(
+            name
+            for name, manifest in self.snapshots.items()
+            if name != but and any(key_of(disk.frozen) == key for disk in manifest.left_out)
         )
 
 
@@ -64,6 +81,7 @@ def plan_deletion(name: str, scene: Scene) -> DeletePlan:
         merges += decision.merges
         doomed += decision.doomed
         notes += decision.notes
+    _refuse_read_only(merges, doomed, scene)
     return DeletePlan(
         token=secrets.token_hex(4),
         vm=scene.vm,
@@ -89,6 +107,19 @@ def _refuse_unknown(manifest: Manifest, scene: Scene) -> None:
             + f"\nqsnapctl snapshot-fsck {scene.vm} tells more; snapshot-delete --metadata forgets "
             "a snapshot and leaves its files alone"
         )
+
+
+def _refuse_read_only(
+    merges: Sequence[Merge], doomed: Sequence[FileIdentity], scene: Scene
+) -> None:
+    files = [image.file for merge in merges for image in (merge.lower, merge.upper)]
+    for file in (*files, *doomed):
+        target = scene.read_only.get((file.device, file.inode))
+        if target is not None:
+            raise Blocked(
+                f"VM {scene.vm} has {file.path} as its read-only disk {target}, or below it, too: "
+                "detach that first"
+            )
 
 
 def _memory(manifest: Manifest, scene: Scene) -> FileIdentity | None:
@@ -127,13 +158,13 @@ class _Decision:
             return
         self._refuse_clones(lower)
         users = self._graph.users(key)
-        where = self._scene.live_disk(key)
-        if where is not None and where[1] == 0:
+        if self._scene.is_written_to(key):
             if users:
+                verb = "was last seen writing" if self._scene.live is None else "writes"
                 raise Blocked(
-                    f"disk {self._target}: VM {self._scene.vm} writes to {lower.image.path}, which "
+                    f"disk {self._target}: VM {self._scene.vm} {verb} to {lower.image.path}, which "
                     f"the snapshot {self._snapshot} has frozen: it was started on the wrong image, "
-                    "and what lies over that must not be merged into it"
+                    f"and what lies over that, {users[0].image.path}, must not be merged into it"
                 )
             return
         if not users:
@@ -148,9 +179,9 @@ class _Decision:
         key = upper.image.key
         if key in self._graph.starts_on:
             return True
-        # The newest image of a VM that is shut off: its service may name it.
+        # The newest image of a VM that is shut off, or of a disk that it has not got now.
         is_tip = not self._graph.users(key) and not self._scene.frozen_by(key, self._snapshot)
-        return self._scene.live is None and is_tip and lower.image.made
+        return self._scene.live_disk(key) is None and is_tip and lower.image.made
 
     def _drop(self, image: GraphImage) -> None:
         """Let an image go that nobody lies over, and those below that were there for it alone."""
@@ -170,8 +201,10 @@ class _Decision:
             image.image.made
             and not self._scene.frozen_by(key, self._snapshot)
             and key not in self._graph.others
+            and not self._scene.left_out_by(key, self._snapshot)
             and self._scene.live_disk(key) is None
             and key not in self._graph.starts_on
+            and key not in self._graph.last_on
         )
 
     def _left(self, image: GraphImage) -> None:
@@ -187,6 +220,12 @@ class _Decision:
             self.notes.append(
                 f"disk {self._target}: {lower.image.path} stays below "
                 f"{', '.join(user.image.path for user in users)}: qsnapd has not made it"
+            )
+            return
+        if who := self._scene.left_out_by(lower.image.key, self._snapshot):
+            self.notes.append(
+                f"disk {self._target}: {lower.image.path} stays, {', '.join(who)} left that disk "
+                "out, on this image"
             )
             return
         if lower.has_strange_backing:
@@ -214,9 +253,10 @@ class _Decision:
         self._refuse_clones(upper)
         above = self._graph.users(key)
         where = self._scene.live_disk(key)
-        if where is not None and where[1] == 0 and above:
+        if self._scene.is_written_to(key) and above:
             raise Blocked(
-                f"disk {self._target}: VM {self._scene.vm} writes to {upper.image.path}, and "
+                f"disk {self._target}: VM {self._scene.vm} writes to {upper.image.path}, or did "
+                "when it was last seen, and "
                 f"{above[0].image.path} lies over it: that is damaged. Nothing was touched"
             )
         if upper.virtual_size_bytes < lower.virtual_size_bytes:

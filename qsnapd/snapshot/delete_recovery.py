@@ -6,9 +6,11 @@ is free for other jobs, and begun again as a job of its own.
 
 import trio
 
+from qsnapd.model.deletion import DeletePlan
 from qsnapd.model.job import JobKind
 from qsnapd.snapshot.delete import Deletion
 from qsnapd.snapshot.delete_live import LiveMerges
+from qsnapd.snapshot.delete_plan import affected
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.start import Seat
 from qsnapd.store.snapshots import VmStore
@@ -22,16 +24,28 @@ async def recover_deletion(
 
     *vm*: the VM as it is attached now; None: its QEMU has ended.
     Idempotent: cut off anywhere, the next call goes on. (None, None) if there was nothing.
-    Raises: VmError, StoreError: the journal then stands for the next attempt.
+    Raises: VmError, StoreError, WrongState: the journal then stands for the next attempt.
     """
     plan = await trio.to_thread.run_sync(seat.store.deletion.read)
     if plan is None:
         return None, None
     job = Job(0, seat.name, JobKind.DELETE, plan.name, lambda job: None)
     deletion = Deletion(seat, job, lambda: (), qemu_img=qemu_img)
-    if plan.done:
+    names = await trio.to_thread.run_sync(_affected, plan, seat.store)
+    with seat.store.leases.changing(names, f"deleting snapshot {plan.name} is being finished"):
+        return await _finish_or_give_up(deletion, vm, plan)
+
+
+def _affected(plan: DeletePlan, store: VmStore) -> frozenset[str]:
+    return frozenset(affected(plan, store.snapshots()))
+
+
+async def _finish_or_give_up(
+    deletion: Deletion, vm: AttachedVm | None, plan: DeletePlan
+) -> tuple[str | None, str | None]:
+    if plan.done or plan.switched:
         with trio.CancelScope(shield=True):
-            await deletion.finish(vm, plan)
+            await deletion.go_on(vm, plan)
         return f"finished deleting snapshot {plan.name}", None
     await deletion.give_up(vm, plan)
     return f"deleting snapshot {plan.name} was broken off, and begins again", plan.name

@@ -9,6 +9,7 @@ from qsnapd.errors import Effect, JobCancelled, QsnapError
 from qsnapd.model.request import DeleteRequest, Descendants
 from qsnapd.model.snapshot import Manifest
 from qsnapd.snapshot.delete import Deletion, Others
+from qsnapd.snapshot.delete_checks import refuse_cloned, require_nothing_unfinished
 from qsnapd.snapshot.delete_finish import adopt_children
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.start import Seat
@@ -47,6 +48,9 @@ class Deletions:
         store = self._seat.store
         manifest = store.manifest(request.name)
         names = order(store, request)
+        await trio.to_thread.run_sync(require_nothing_unfinished, store)
+        for name in names:
+            await trio.to_thread.run_sync(self._refuse_used, store, name)
         done_bytes = 0
         for left, name in zip(range(len(names), 0, -1), names, strict=True):
             try:
@@ -66,8 +70,12 @@ class Deletions:
             self._tell(name)
         return manifest
 
+    def _refuse_used(self, store: VmStore, name: str) -> None:
+        refuse_cloned(self._others(), store.vm, name)
+
     def _forget(self, store: VmStore, name: str) -> None:
         """Delete the record alone; its files stay, and it can be taken in again."""
+        store.leases.require_unread(name)
         manifest = store.manifest(name)
         is_current = store.current() == name
         adopt_children(store, name, manifest.parent)

@@ -156,8 +156,10 @@ def describe(
 
 
 def _consistency(plan: CheckpointPlan, capture: Capture) -> Consistency:
-    """What was planned, unless the file systems were not frozen all the time."""
+    """What was planned, unless the file systems were not frozen all the time, or the guest ran."""
     quiesced = capture.quiesced
+    if plan.consistency is Consistency.PAUSED and capture.ran:
+        return Consistency.CRASH
     if plan.agent is None or (quiesced is not None and quiesced.filesystems and quiesced.held):
         return plan.consistency
     return Consistency.PAUSED if plan.manual else Consistency.CRASH

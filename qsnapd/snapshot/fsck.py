@@ -11,6 +11,7 @@ from functools import partial
 import trio
 
 from qsnapd.errors import VmError
+from qsnapd.image.slow import SLOW
 from qsnapd.model.findings import Finding, Severity, StoreCheck
 from qsnapd.snapshot.fsck_facts import Around, Facts, gather, look_around
 from qsnapd.snapshot.fsck_files import UNUSED, judge_files
@@ -56,9 +57,9 @@ class Examination:
         skipped: list[str] = []
         before = self._job()
         live = await self._look_live(skipped, is_busy=is_busy)
-        around = await trio.to_thread.run_sync(look_around, self._others)
+        around = await trio.to_thread.run_sync(look_around, self._others, limiter=SLOW)
         facts = await trio.to_thread.run_sync(
-            partial(self._gather, around, live, is_busy=is_busy)
+            partial(self._gather, around, live, is_busy=is_busy), limiter=SLOW
         )
         if not is_busy and self._job() != before:
             skipped.append("the VM's disks and unfinished work: a job began or ended meanwhile")

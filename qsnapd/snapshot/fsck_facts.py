@@ -33,6 +33,8 @@ from qsnapd.vm.proc import FileKey
 
 T = TypeVar("T")
 
+_JOURNALS = frozenset({".journal.json", ".restoring.json", ".next-start.json", DELETION_NAME})
+
 
 @dataclass(frozen=True)
 class Broken:
@@ -58,6 +60,8 @@ class Around:
 
     tokens: frozenset[str] = frozenset()
     """Of their unfinished jobs."""
+    knows_jobs: bool = True
+    """All records of these were understood."""
     needed: frozenset[FileKey] = frozenset()
     """The files that their snapshots and they themselves lie over."""
     snapshots: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -102,6 +106,12 @@ class Facts:
     """A job is running on the VM."""
     live: Live | None = None
     """None: its QEMU is not attached, or its disks are changing right now."""
+
+    @property
+    def knows_jobs(self) -> bool:
+        """Whether all records of unfinished jobs were understood, its own and other VMs'."""
+        lost = {os.path.basename(path) for path, _ in self.unreadable}
+        return self.around.knows_jobs and lost.isdisjoint(_JOURNALS)
 
     def journals(self) -> Iterator[JournalEntry]:
         for entry in (self.checkpoint, self.restoring, self.next_start):
@@ -188,6 +198,7 @@ def _gather(
 def look_around(stores: Sequence[VmStore]) -> Around:
     """What the VMs of *stores* need. Whatever cannot be read there is not known. Blocks."""
     tokens, paths = set[str](), set[str]()
+    knows_jobs = True
     frozen: dict[str, str] = {}
     snapshots: dict[str, frozenset[str]] = {}
     for store in stores:
@@ -196,12 +207,15 @@ def look_around(stores: Sequence[VmStore]) -> Around:
         chains = [disk.chain for m in manifests.values() for disk in m.disks]
         for name, manifest in manifests.items():
             frozen |= {disk.frozen: f"{name} of VM {store.vm}" for disk in manifest.disks}
-        for journal in (store.journal, store.restoring, store.next_start):
-            if (entry := _unless_unreadable(journal.read)) is not None:
-                tokens.add(entry.plan.token)
-                chains.append(entry.made)
-        if (deletion := _unless_unreadable(store.deletion.read)) is not None:
-            tokens.add(deletion.token)
+        try:
+            for journal in (store.journal, store.restoring, store.next_start):
+                if (entry := journal.read()) is not None:
+                    tokens.add(entry.plan.token)
+                    chains.append(entry.made)
+            if (deletion := store.deletion.read()) is not None:
+                tokens.add(deletion.token)
+        except StoreError:
+            knows_jobs = False
         if (registration := _unless_unreadable(partial(read_registration, store))) is not None:
             chains.append(registration.overlays)
         if (seen := _unless_unreadable(partial(read_last_seen, store))) is not None:
@@ -210,6 +224,7 @@ def look_around(stores: Sequence[VmStore]) -> Around:
     keys = {path: key for path in paths if (key := key_of(path)) is not None}
     return Around(
         tokens=frozenset(tokens),
+        knows_jobs=knows_jobs,
         needed=frozenset(keys.values()),
         snapshots=snapshots,
         frozen={keys[path]: words for path, words in frozen.items() if path in keys},
@@ -281,7 +296,7 @@ def named_tokens(facts: Facts) -> frozenset[str]:
 
 def abandoned_partials(facts: Facts) -> tuple[Partial, ...]:
     """The snapshots that were begun, and that nobody is going to end."""
-    if RENAMING_NAME in facts.entries:
+    if RENAMING_NAME in facts.entries or not facts.knows_jobs:
         return ()  # it may be a second name that is being given
     begun = {
         entry.plan.name for entry in facts.journals() if isinstance(entry.plan, CheckpointPlan)
@@ -291,6 +306,8 @@ def abandoned_partials(facts: Facts) -> tuple[Partial, ...]:
 
 def abandoned_views(facts: Facts) -> tuple[str, ...]:
     """Names of parts of memory images that a lazy restore loads, and none does any more."""
+    if not facts.knows_jobs:
+        return ()
     tokens = named_tokens(facts)
     views = (name for name in sorted(facts.entries) if is_view(name))
     return tuple(name for name in views if name[1 : -len(VIEW_SUFFIX)] not in tokens)
@@ -302,10 +319,16 @@ def is_view(name: str) -> bool:
 
 
 def abandoned_files(facts: Facts) -> tuple[Leftover, ...]:
-    """Unfinished files of jobs that are not under way any more."""
+    """Unfinished files of jobs that are not under way any more, and that no disk lies over."""
+    if not facts.knows_jobs:
+        return ()
     tokens = named_tokens(facts)
+    chains = [disk.chain for m in facts.manifests.values() for disk in m.disks]
+    chains += [disk.chain for disk in facts.live.disks] if facts.live is not None else []
+    used = {(image.device, image.inode) for chain in chains for image in chain}
+    used |= facts.around.needed
     return tuple(
         leftover
         for leftover in facts.leftovers
-        if leftover.token not in tokens and leftover.key not in facts.around.needed
+        if leftover.token not in tokens and leftover.key not in used
     )

@@ -35,6 +35,10 @@ class Graph:
     """Which other VMs need an image."""
     starts_on: set[FileKey] = field(default_factory=set)
     """What the VM, which is shut off, is to be started on: these have to keep their names."""
+    last_on: set[FileKey] = field(default_factory=set)
+    """What the VM, which is shut off, was last seen on, unless it is to be started elsewhere."""
+    forgotten: dict[FileKey, set[str]] = field(default_factory=dict)
+    """Which snapshots show an image that are not listed, but can be taken in again."""
 
     def users(self, key: FileKey) -> tuple[GraphImage, ...]:
         """The images that lie right over this one."""

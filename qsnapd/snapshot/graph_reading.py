@@ -5,21 +5,25 @@ Everything here blocks, and only reads.
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
-from qsnapd.errors import ImageInvalid
+from qsnapd.errors import ImageInvalid, StoreError, VmError
 from qsnapd.image.qcow2 import Header, is_qcow2, read_header
 from qsnapd.model.deletion import Image
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, Restore
 from qsnapd.model.snapshot import FileIdentity, Manifest
 from qsnapd.snapshot.graph import Graph, GraphImage
+from qsnapd.store.manifests import MANIFEST_NAME, read_manifest
 from qsnapd.store.registry import read_last_seen, read_registration
 from qsnapd.store.snapshots import VmStore
-from qsnapd.vm.identity import is_still, key_of
+from qsnapd.vm.identity import is_still, key_of, plain_name
 from qsnapd.vm.live_chain import LiveDisk
 from qsnapd.vm.proc import FileKey
 
+DEEPEST = 300
+"""Of images over each other: more than QEMU is ever asked to bear."""
 BLOCK_BYTES = 512
 """The unit of st_blocks."""
 _RAW = frozenset({"raw", "file", "host_device"})
@@ -39,15 +43,34 @@ def read_graph(
     for name, problem in store.problems().items():
         reader.graph.problems.append(f"snapshot {name}: {problem}")
     for disk in live or ():
-        reader.add(disk.layers[0].file.path, _format(disk.format))
+        reader.add_live(disk)
     for made in (*store.made.files(), *store.made.seen()):
         reader.add(made.file.path, made.format)
     for journal in (store.next_start, store.restoring, store.journal):
         if (entry := journal.read()) is not None:
             reader.add_journal(entry, is_next=journal is store.next_start)
+    if live is None and not reader.graph.starts_on:
+        reader.graph.last_on |= set(_keys(made.file.path for made in store.made.seen()))
+    for folder in store.forgotten():
+        _add_forgotten(reader.graph, folder)
     for other in others:
         _add_other(reader, other, store.vm)
     return reader.graph
+
+
+def _add_forgotten(graph: Graph, folder: Path) -> None:
+    """Who deletes only the record of a snapshot may want its files, and take it in again."""
+    try:
+        manifest = read_manifest(folder / MANIFEST_NAME)
+    except (OSError, StoreError):
+        return  # cannot be taken in anyway
+    if not manifest.deleting:
+        for key in _keys(disk.frozen for disk in manifest.disks):
+            graph.forgotten.setdefault(key, set()).add(manifest.name)
+
+
+def _keys(paths: Iterable[str]) -> Iterator[FileKey]:
+    return (key for path in paths if (key := key_of(path)) is not None)
 
 
 def _add_other(reader: "_Reader", other: VmStore, vm: str) -> None:
@@ -56,9 +79,10 @@ def _add_other(reader: "_Reader", other: VmStore, vm: str) -> None:
     seen = read_last_seen(other) if registration else None
     paths = [file.path for file in registration.overlays] if registration else []
     paths += [disk.chain[0].path for disk in seen.disks if disk.chain] if seen else []
-    paths += [made.file.path for made in other.made.files()]
     problems = len(reader.graph.problems)
     keys = [reader.add(path, "qcow2") for path in paths]
+    known = (*other.made.files(), *other.made.seen())
+    keys += [reader.add(made.file.path, made.format) for made in known]
     for manifest in other.snapshots().values():
         keys += reader.add_manifest(manifest)
     for entry in (other.next_start.read(), other.restoring.read()):
@@ -128,15 +152,27 @@ class _Reader:
         """Note an image and all below it; returns its key, None if it is not there."""
         try:
             return self._add(path, image_format, [])
-        except (ImageInvalid, OSError) as exc:
+        except (ImageInvalid, OSError, ValueError) as exc:  # also a name that cannot be one
             words = exc.strerror if isinstance(exc, OSError) else exc
-            self.graph.problems.append(f"{what + ': ' if what else ''}{path}: {words}")
+            problem = f"{what + ': ' if what else ''}{path}: {words}"
+            self.graph.problems.append(problem.encode(errors="replace").decode())
             return None
+
+    def add_live(self, disk: LiveDisk) -> None:
+        """What QEMU writes to, and all below it; it may have been told otherwise than headers."""
+        key = self.add(disk.layers[0].file.path, _format(disk.format))
+        if key is not None and self.graph.chain(key) != tuple(n.key for n in disk.layers):
+            self.graph.problems.append(
+                f"disk {disk.target}: {disk.layers[0].file.path} does not lie over what QEMU has "
+                "put below it, by what the images say"
+            )
 
     def _add(
         self, path: str, image_format: Literal["qcow2", "raw"], above: list[FileKey]
     ) -> FileKey:
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+            raise ImageInvalid("it is neither a file nor a block device")
         key = status.st_dev, status.st_ino
         known = self.graph.images.get(key)
         if known is not None:
@@ -145,6 +181,8 @@ class _Reader:
             return key
         if key in above:
             raise ImageInvalid("it lies over itself")
+        if len(above) > DEEPEST:
+            raise ImageInvalid(f"more than {DEEPEST} images lie over it")
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             header = read_header(fd) if image_format == "qcow2" else None
@@ -172,13 +210,13 @@ class _Reader:
     ) -> tuple[FileKey | None, bool]:
         if header is None or header.backing is None:
             return None, False
-        if ":" in header.backing.split("/")[0]:
-            return None, True  # a protocol, or JSON
-        below = os.path.join(os.path.dirname(path), header.backing)
+        name = _plain(header.backing)
+        if ":" in name.split("/")[0]:
+            return None, True  # a protocol
+        below = os.path.join(os.path.dirname(path), name)
         image_format = header.backing_format
         if image_format is None:
-            with open(below, "rb") as file:
-                image_format = "qcow2" if is_qcow2(file.fileno()) else "raw"
+            image_format = _probed(below)
         try:
             return self._add(below, _format(image_format), above), False
         except OSError as exc:
@@ -196,6 +234,25 @@ def below_of_qcow2(path: str) -> FileKey | None:
     except (OSError, ImageInvalid):
         return None
     return key_of(os.path.join(os.path.dirname(path), name)) if name else None
+
+
+def _plain(name: str) -> str:
+    try:
+        return plain_name(name).removeprefix("file:")
+    except VmError as exc:
+        raise ImageInvalid(f"its header has a name below it that is not understood: {exc}") from exc
+
+
+def _probed(path: str) -> str:
+    # Without waiting: whoever wrote the header may have named a pipe.
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return "qcow2" if is_qcow2(fd) else "raw"
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise ImageInvalid(f"{path}, which it lies over: {exc.strerror}") from exc
 
 
 def _format(name: str) -> Literal["qcow2", "raw"]:

@@ -30,7 +30,8 @@ async def hold_for_storage(capture: Capture) -> None:
 
     Preconditions: the guest stands still and QEMU has flushed its disks; the others moved.
     Cancellation: a hook is killed, with all that it has started in its session.
-    Raises: HoldFailed: the hook failed, or nobody said in time that it was done.
+    Raises: HoldFailed: the hook failed, or nobody said in time that it was done. CaptureFailed:
+      the guest was resumed meanwhile.
     """
     plan, job = capture.plan, capture.job
     if not plan.manual:
@@ -53,6 +54,7 @@ async def hold_for_storage(capture: Capture) -> None:
             f"VM {plan.vm} was held for {plan.hold_limit_s:g} s for its storage to take a snapshot "
             f"of {_targets(plan)}, and {what} in that time"
         ) from None
+    capture.require_held()
     job.enter(Phase.SAVING)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import trio
 
-from qsnapd.errors import StoreError
+from qsnapd.errors import ImageInvalid, StoreError
+from qsnapd.image.qcow2 import read_header
 from qsnapd.model.plan import PivotPlan
 
 MERGE_LIMIT_S = 900.0
@@ -29,7 +30,9 @@ async def merge_offline(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: s
     """Write what the overlay of *pivot* holds into the image below it, if it holds anything.
 
     *inodes* are the files the job has made or was given; an overlay that is none of them, or
-    is gone, is left alone. qemu-img takes the images' locks: it refuses rather than corrupts.
+    is gone, is left alone; of one on a block device, whose name gets another inode with each
+    start of the host, what it says it covers is looked at instead. qemu-img takes the images'
+    locks: it refuses rather than corrupts.
 
     On failure: nothing is lost; the overlay still holds it all.
     Raises: StoreError: it could not, or must not, be merged.
@@ -71,7 +74,12 @@ def _opened(pivot: PivotPlan, inodes: frozenset[int]) -> Iterator[tuple[int, int
         raise StoreError(f"cannot open {pivot.overlay.path}: {exc.strerror}") from exc
     try:
         # By inode alone: device numbers may change with a reboot.
-        if os.fstat(overlay).st_ino not in inodes:
+        status = os.fstat(overlay)
+        if pivot.overlay.on_device:
+            is_ours = stat.S_ISBLK(status.st_mode) and bool(inodes) and _covers(overlay, pivot)
+        else:
+            is_ours = status.st_ino in inodes
+        if not is_ours:
             yield None
             return
         header = os.pread(overlay, _HEADER_BYTES, 0)
@@ -87,6 +95,17 @@ def _opened(pivot: PivotPlan, inodes: frozenset[int]) -> Iterator[tuple[int, int
             os.close(base)
     finally:
         os.close(overlay)
+
+
+def _covers(overlay: int, pivot: PivotPlan) -> bool:
+    try:
+        header = read_header(overlay)
+    except (ImageInvalid, OSError):
+        return False
+    return (header.backing, header.virtual_size_bytes) == (
+        pivot.overlay.backing,
+        pivot.overlay.virtual_size_bytes,
+    )
 
 
 def _image_options(pivot: PivotPlan, overlay: int, base: int) -> str:

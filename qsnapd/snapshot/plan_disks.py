@@ -116,6 +116,11 @@ def _stays(disk: Disk) -> DiskLayer:
 def _overlay_path(
     disk: Disk, request: DiskRequest | None, snapshot: str, earlier: Sequence[PivotPlan]
 ) -> Path:
+    if disk.refusal is not None:
+        raise Blocked(
+            f"disk {disk.target} {disk.refusal}: leave it out (--diskspec "
+            f"{disk.target},snapshot=no)"
+        )
     if _BASE_FORMATS.get(disk.format) is None:
         raise Blocked(
             f"disk {disk.target}: its top node is of type {disk.format!r}; qsnapd makes overlays "

@@ -187,6 +187,7 @@ async def _merge_overlays(plan: CheckpointPlan, entry: JournalEntry, *, qemu_img
 
 
 async def _forget(plan: CheckpointPlan, store: VmStore) -> None:
+    await trio.to_thread.run_sync(store.made.forget_gone)
     await trio.to_thread.run_sync(store.unstage, plan.name)
     await trio.to_thread.run_sync(store.journal.clear)
 

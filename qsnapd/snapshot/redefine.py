@@ -24,6 +24,7 @@ from qsnapd.vm.proc import FileKey
 _EDITABLE = {"description", "labels", "parent", "created_at", "format"}
 """All else says what was saved."""
 _FORGOTTEN = ".forgotten"
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _memory(
     places += ((str(f / MEMORY_NAME), f) for f in forgotten)
     for path, folder in places:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(path, _FILE)
         except OSError:
             continue
         try:

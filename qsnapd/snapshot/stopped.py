@@ -18,6 +18,7 @@ async def capture_stopped(capture: Capture) -> None:
         await hold_for_storage(capture)
         await capture.begin_saving()
         info = await wait_saved(capture.vm.session, "completed", watcher=capture.watch)
+        capture.require_held()
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
         await capture.leave_postmigrate()
         capture.watch(info)

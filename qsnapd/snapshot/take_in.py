@@ -34,6 +34,8 @@ from qsnapd.snapshot.intact import check_memory
 from qsnapd.store.manifests import MANIFEST_NAME, write_manifest
 from qsnapd.store.snapshots import VmStore
 
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
 Check = Callable[[], object]
 """Called now and then; cancels by raising."""
 
@@ -49,7 +51,7 @@ def prove_memory(
     if image.sha256 is None or (before and before.inode == look_at(image.path).key[1]):
         return
     try:
-        descriptor = os.open(image.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(image.path, _FILE)
     except OSError as exc:
         raise ImageInvalid(f"{image.path} cannot be opened: {exc.strerror}") from exc
     try:

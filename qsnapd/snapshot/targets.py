@@ -3,10 +3,12 @@
 A file of somebody else is used only where the request says so, or where it is empty.
 """
 
+import errno
 import logging
 import os
 import shutil
 import stat
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,10 +25,14 @@ DEVICE_STATE_BYTES = 64 << 20
 _log = logging.getLogger(__name__)
 
 
-def check_targets(plan: CheckpointPlan, directory: Path, staging: Path) -> CheckpointPlan:
+def check_targets(
+    plan: CheckpointPlan, directory: Path, staging: Path, named: Container[str | None] = ()
+) -> CheckpointPlan:
     """Refuse what could only fail later: files in the way, no room for the image. Blocks.
 
-    Returns the plan, knowing now which overlays go into empty files that exist.
+    *named*: the overlays' files that the request names; of others the name is ours to choose.
+    Returns the plan, knowing now which overlays go into empty files that exist, and with other
+    names for those whose own is taken.
     Raises: StoreFull, TargetRefused.
     """
     if plan.keeps_metadata and os.path.lexists(staging):
@@ -37,7 +43,14 @@ def check_targets(plan: CheckpointPlan, directory: Path, staging: Path) -> Check
     if plan.hook and shutil.which(plan.hook[0]) is None:
         raise TargetRefused(f"the hook of VM {plan.vm}, {plan.hook[0]}, is no program to be run")
     pivots = tuple(
-        pivot.model_copy(update={"overlay": _look_at(pivot.overlay)}) for pivot in plan.pivots
+        pivot.model_copy(
+            update={
+                "overlay": _look_at(pivot.overlay)
+                if pivot.overlay.path in named
+                else _free(pivot.overlay, plan.token)
+            }
+        )
+        for pivot in plan.pivots
     )
     if plan.memory_file is not None:
         _require_free(Path(plan.memory_file))
@@ -64,6 +77,19 @@ def _require_free(path: Path) -> None:
         raise TargetRefused(f"{path} exists already, and an existing file is never overwritten")
 
 
+def _free(overlay: OverlayPlan, token: str) -> OverlayPlan:
+    """The overlay under a name that nobody has: what has its own may be needed yet.
+
+    As when a snapshot of the same name was renamed, or forgotten with its files left there.
+    """
+    path = Path(overlay.path)
+    if overlay.place is not Place.NEW or not os.path.lexists(path):
+        return _look_at(overlay)
+    free = path.with_name(f"{path.stem}-{token}{path.suffix}")
+    partial = free.with_name(f"{free.name}.{token}.partial")
+    return _look_at(overlay.model_copy(update={"path": str(free), "partial": str(partial)}))
+
+
 def _look_at(overlay: OverlayPlan) -> OverlayPlan:
     """What lies where the overlay goes fits the plan, or is an empty file."""
     if overlay.place is not Place.NEW:
@@ -79,7 +105,8 @@ def _look_at(overlay: OverlayPlan) -> OverlayPlan:
         return overlay.model_copy(update={"place": Place.EMPTY})
     raise TargetRefused(
         f"external snapshot file for disk {overlay.target} already exists and is not a block "
-        f"device: {overlay.path}; an existing file is never overwritten"
+        f"device: {overlay.path}; an existing file is never overwritten: say where else it goes "
+        f"(--diskspec {overlay.target},file=PATH), or name the snapshot otherwise"
     )
 
 
@@ -90,14 +117,18 @@ def open_given(overlay: OverlayPlan) -> int:
     Raises: TargetRefused: it is missing, or is not, and why.
     """
     # A device is commonly named by a symbolic link (LVM); a file is what it is.
-    follow = 0 if overlay.on_device else os.O_NOFOLLOW
+    # O_EXCL: the kernel refuses a device that is mounted, or part of a volume.
+    more = os.O_EXCL if overlay.on_device else os.O_NOFOLLOW
     try:
-        fd = os.open(overlay.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | follow)
+        fd = os.open(overlay.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | more)
     except FileNotFoundError:
         raise TargetRefused(_missing(overlay)) from None
     except OSError as exc:
+        why = exc.strerror
+        if overlay.on_device and exc.errno == errno.EBUSY:
+            why = "it is in use on this host, mounted or part of a volume"
         raise TargetRefused(
-            f"disk {overlay.target}: {overlay.path} cannot be opened: {exc.strerror}"
+            f"disk {overlay.target}: {overlay.path} cannot be opened: {why}"
         ) from exc
     try:
         _require_fitting(overlay, fd)

@@ -6,6 +6,7 @@ STATE_DIR/VM/.last-seen.json    how it last ran, so that it can be started again
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from qsnapd.errors import ManifestInvalid, StoreError
 from qsnapd.image.files import remove_if_ours, replace_file
 from qsnapd.model.base import Frozen
 from qsnapd.model.registration import LastSeen, Registration
+from qsnapd.model.snapshot import FileIdentity
 from qsnapd.store.snapshots import VmStore
 
 REGISTRATION_NAME = ".vm.json"
@@ -71,14 +73,17 @@ def _write(path: Path, content: Frozen) -> None:
         raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
 
 
-def remove_made(registration: Registration, *, storage: bool) -> tuple[str, ...]:
+def remove_made(
+    registration: Registration, *, storage: bool, images: Iterable[FileIdentity] = ()
+) -> tuple[str, ...]:
     """Remove the sockets and pipes that a clone has left, and all else only if *storage*.
 
+    *images*: of its disks, those that qsnapd has made since.
     Idempotent. Returns the paths of what was removed; what was put in place of one stays.
     Raises: StoreError: something of it cannot be removed.
     """
     made = [file for file in registration.files if storage or _holds_nothing(file.path)]
-    made += registration.overlays if storage else ()
+    made += (*registration.overlays, *images) if storage else ()
     return tuple(
         file.path for file in made if remove_if_ours(Path(file.path), file.device, file.inode)
     )

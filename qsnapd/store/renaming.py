@@ -93,10 +93,12 @@ def finish_renaming(store: VmStore) -> str | None:
     if renaming is None:
         return None
     store.unstage(renaming.new)
-    if renaming.new not in store.snapshots():
+    known = store.snapshots()
+    if renaming.new not in known:
         _clear(store)
         return f"undid an unfinished second name of snapshot {renaming.old}: {renaming.new}"
-    if renaming.keeps_old:
+    old = known.get(renaming.old)
+    if renaming.keeps_old or (old is not None and not _are_same(old, known[renaming.new])):
         _clear(store)
         return None
     with _failing(f"rename snapshot {renaming.old}"):
@@ -115,6 +117,10 @@ def _begin(store: VmStore, renaming: Renaming) -> Manifest:
         replace_file(store.directory / RENAMING_NAME, renaming.model_dump_json(indent=1))
     try:
         staging = store.stage(renaming.new)
+    except BaseException:  # what is there is somebody else's: an import's
+        _clear(store)
+        raise
+    try:
         with _failing(f"give the files of snapshot {renaming.old} a second name"):
             for name in _own_files(store.path(renaming.old)):
                 os.link(store.path(renaming.old) / name, staging / name, follow_symlinks=False)
@@ -127,6 +133,11 @@ def _begin(store: VmStore, renaming: Renaming) -> Manifest:
             _clear(store)
         raise
     return renamed
+
+
+def _are_same(old: Manifest, new: Manifest) -> bool:
+    """Whether these are one snapshot; either name may have been taken for another one since."""
+    return (old.created_at, old.disks) == (new.created_at, new.disks)
 
 
 def _own_files(folder: Path) -> list[str]:

@@ -224,15 +224,8 @@ class VmStore:
                     removed.rename(self._unused(f".{name}{_REMOVED}"))
                 final.rename(removed)
                 sync_directory(self.directory)
-            if not removed.exists():
-                return None
-            for own in _OWN_FILES:
-                (removed / own).unlink(missing_ok=True)
-            try:
-                removed.rmdir()
-            except OSError:
+            if removed.exists() and not _remove_own(removed):
                 return removed
-            sync_directory(self.directory)
         return None
 
     def forget(self, name: str, token: str) -> Path:
@@ -253,11 +246,16 @@ class VmStore:
             return tuple(sorted(above.iterdir())) if above.exists() else ()
 
     def drop_forgotten(self, folder: Path) -> None:
-        """Remove what `forget` has kept, if *folder* is that: the snapshot is there again."""
-        if folder.parent == self.directory / _FORGOTTEN:
-            with self._failing("remove"):
-                shutil.rmtree(folder)
-                sync_directory(folder.parent)
+        """Remove what `forget` has kept, if *folder* is that: the snapshot is there again.
+
+        What qsnapd has not put there stays, and what cannot be removed.
+        """
+        if folder.parent != self.directory / _FORGOTTEN:
+            return
+        try:
+            _remove_own(folder)
+        except OSError as exc:
+            _log.warning("VM %s: %s is of no use any more: %s", self.vm, folder, exc.strerror)
 
     def _unused(self, name: str) -> Path:
         numbered = (self.directory / f"{name}.{number}" for number in count(1))
@@ -340,6 +338,18 @@ class VmStore:
         except OSError as exc:
             where = exc.filename or self.directory
             raise StoreError(f"cannot {verb} {where}: {exc.strerror}", effect=effect) from exc
+
+
+def _remove_own(folder: Path) -> bool:
+    """Remove a snapshot's folder; False if it stays, for what others have put there."""
+    for own in _OWN_FILES:
+        (folder / own).unlink(missing_ok=True)
+    try:
+        folder.rmdir()
+    except OSError:
+        return False
+    sync_directory(folder.parent)
+    return True
 
 
 def _version(path: Path) -> _Version:

@@ -30,6 +30,7 @@ _TARGET_PREFIXES = (
     ("nvme", "nvme"),
     ("floppy", "fd"),
 )
+_PASSED_THROUGH = ("scsi-block", "scsi-generic")
 
 
 class Disk(Frozen):
@@ -56,6 +57,8 @@ class Disk(Frozen):
     bitmaps: tuple[BitmapInfo, ...]
     left_out: str | None
     """Why snapshots leave it out, if they do."""
+    refusal: str | None = None
+    """Why no overlay may be put over it, though it is writable."""
     kind: DeviceKind = "disk"
     active: bool = True
     """False: QEMU has let go of it after a migration, and cannot write to it."""
@@ -97,26 +100,31 @@ async def read_disks(session: QmpSession, pid: int) -> tuple[Disk, ...]:
     """Ask QEMU for its disks, with the files behind them as process *pid* sees them."""
     devices = await session.execute(QueryBlock())
     fdsets = await session.execute(QueryFdsets())
-    types = [await _device_type(session, device) for device in devices]
+    types = [str(await _property(session, device, "type") or "") for device in devices]
+    shared = [await _property(session, device, "share-rw") is True for device in devices]
     names = await read_layer_names(session, devices)
     files = await trio.to_thread.run_sync(open_files, pid)
     named = {fdset.fdset_id: path for fdset in fdsets if (path := _handed_path(fdset))}
     return tuple(
-        _disk(device, target, _kind(device_type), its_names, partial(_find, pid, files, named))
-        for device, device_type, its_names, target in zip(
-            devices, types, names, assign_targets(devices, types), strict=True
+        _disk(
+            *(device, target, device_type, its_names, partial(_find, pid, files, named)),
+            is_shared=is_shared,
+        )
+        for device, device_type, is_shared, its_names, target in zip(
+            devices, types, shared, names, assign_targets(devices, types), strict=True
         )
     )
 
 
-async def _device_type(session: QmpSession, device: BlockInfo) -> str:
+async def _property(session: QmpSession, device: BlockInfo, name: str) -> object:
+    """A property of the device; None if it has none of that name."""
     if not device.qdev:
-        return ""
+        return None
     path = device.qdev if device.qdev.startswith("/") else f"/machine/peripheral/{device.qdev}"
     try:
-        return str(await session.execute(QomGet(path=path, property="type")))
+        return await session.execute(QomGet(path=path, property=name))
     except CommandRefused:
-        return ""  # unplugged meanwhile, or a device without a QOM object: named by its id
+        return None  # also if it was unplugged meanwhile, or is no QOM object
 
 
 def assign_targets(devices: Iterable[BlockInfo], types: Iterable[str]) -> list[str]:
@@ -165,9 +173,11 @@ def _kind(device_type: str) -> DeviceKind:
 def _disk(
     device: BlockInfo,
     target: str,
-    kind: DeviceKind,
+    device_type: str,
     names: Sequence[str],
     find: Callable[[str], FileIdentity | None],
+    *,
+    is_shared: bool,
 ) -> Disk:
     node = device.inserted
     chain = []
@@ -194,7 +204,8 @@ def _disk(
         detect_zeroes=node.detect_zeroes if node else "off",
         bitmaps=node.dirty_bitmaps if node else (),
         left_out=_reason_to_leave_out(device, node),
-        kind=kind,
+        refusal=_refusal(device_type, is_shared=is_shared),
+        kind=_kind(device_type),
         active=node is None or node.active,
     )
 
@@ -205,6 +216,14 @@ def _seen_name(filename: str, handed: Mapping[int, str]) -> str:
     if number != filename and number.isdecimal():
         return handed.get(int(number), filename)
     return filename
+
+
+def _refusal(device_type: str, *, is_shared: bool) -> str | None:
+    if device_type in _PASSED_THROUGH:
+        return f"is passed through to the guest ({device_type}), which talks to the device itself"
+    if is_shared:
+        return "is shared (share-rw=on): others may write to its image, which nobody may then"
+    return None
 
 
 def _reason_to_leave_out(device: BlockInfo, node: NodeInfo | None) -> str | None:

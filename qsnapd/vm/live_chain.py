@@ -63,6 +63,19 @@ async def read_live(session: QmpSession, pid: int) -> tuple[LiveDisk, ...]:
     return tuple(live)
 
 
+async def read_read_only(session: QmpSession, pid: int) -> dict[FileKey, str]:
+    """The images that disks lie on, or over, which QEMU only reads; and their targets.
+
+    Raises: VmError.
+    """
+    return {
+        (file.device, file.inode): disk.target
+        for disk in await read_disks(session, pid)
+        if disk.left_out is not None
+        for file in disk.chain
+    }
+
+
 def _nodes(entry: NodeStats) -> list[str]:
     names: list[str] = []
     layer: NodeStats | None = entry

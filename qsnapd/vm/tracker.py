@@ -16,6 +16,8 @@ class PauseWindow:
     def __init__(self) -> None:
         self.stopped_at_s: float | None = None
         self.resumed_at_s: float | None = None
+        self.resumed = False
+        """QEMU has said that the guest goes on, perhaps more than once; whoever looks resets it."""
         self.begun = False
         """From now on the job needs the guest to stand still, whoever has stopped it."""
 
@@ -28,6 +30,7 @@ class PauseWindow:
 
     def note(self, event: QmpEvent) -> None:
         """Take the times of the first STOP and of the last RESUME."""
+        self.resumed |= event.name == "RESUME"
         if event.name == "STOP" and self.stopped_at_s is None:
             self.stopped_at_s = event.at_s
         elif event.name == "RESUME" and self.stopped_at_s is not None:
@@ -99,7 +102,7 @@ class Tracker:
     def holding(self) -> Iterator[PauseWindow]:
         """During the block a job holds the guest, or is about to; yields when it did."""
         self._window = window = PauseWindow()
-        self.resume_asked = False
+        self.resume_asked = self.running  # though it stood still, perhaps, when that was planned
         if self.running:
             self.held_by_user = False
         try:

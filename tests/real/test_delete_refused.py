@@ -162,7 +162,7 @@ async def test_in_use(tmp_path: Path) -> None:
         await vm.kill()  # the clone as well: it lies in the same folder
         await rig.supervisors["other"].wait_detached()
         await rig.supervisors[VM].wait_detached()
-        with pytest.raises(WrongState, match="of VM other lies over"):
+        with pytest.raises(WrongState, match=r"clones were made of it \(other\)"):
             await delete(rig, "a")
 
 

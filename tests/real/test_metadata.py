@@ -93,6 +93,7 @@ async def test_a_vm_runs_on_under_a_renamed_snapshot(tmp_path: Path) -> None:
         await rig.create(VM, CreateRequest(name="s3", live=True))
         assert rig.host.snapshot(VM, "s3").parent == "r1"
         await assert_reverts(rig, vm, "s2")
+        await assert_reverts(rig, vm, "s3")  # its QEMU had mapped what is called r1 now
 
 
 async def test_a_copy_outlives_what_it_was_made_of(tmp_path: Path) -> None:
@@ -163,6 +164,7 @@ async def test_refusals(tmp_path: Path) -> None:
 async def end_clone(rig: Rig) -> None:
     await rig.supervisors["vm2"].require_attached().session.execute(Quit())
     await rig.supervisors["vm2"].wait_detached()
+    await rig.supervisors["vm2"].wait_settled()  # it answers no more, and is about to end
     await rig.host.undefine("vm2", remove_storage=True)
 
 

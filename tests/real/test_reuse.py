@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import trio
 
-from qsnapd.errors import CommandRefused, TargetRefused
+from qsnapd.errors import CommandRefused, StoreError, TargetRefused
+from qsnapd.model.plan import JournalEntry
 from qsnapd.model.request import CreateRequest, DiskRequest, RevertRequest
 from qsnapd.model.snapshot import Strategy
 from qsnapd.qmp.block import Transaction
@@ -194,3 +195,55 @@ async def test_on_a_block_device(qemu: Qemu, tmp_path: Path) -> None:
                 VM, RevertRequest(name="s2", state="running", discard=True, force=True)
             )
             await vm.wait_line(lambda line: line.startswith("OK"), since=begun)
+
+
+@each_qemu
+async def test_a_device_that_this_host_uses(qemu: Qemu, tmp_path: Path) -> None:
+    with loop_device(tmp_path) as device:
+        used = os.open(device, os.O_RDONLY | os.O_EXCL)  # as a mount does
+        try:
+            async with open_lazy(qemu, tmp_path / "state") as (_, rig):
+                with pytest.raises(TargetRefused, match="in use on this host"):
+                    await rig.create(VM, disk_only("s1", device, target_type="block"))
+        finally:
+            os.close(used)
+        assert device.read_bytes().count(0) == 256 * MIB
+
+
+@each_qemu
+async def test_what_a_device_held_before_is_never_merged(qemu: Qemu, tmp_path: Path) -> None:
+    """Nothing tells of it, until it holds an overlay."""
+    with loop_device(tmp_path) as device:
+        async with open_lazy(qemu, tmp_path / "state") as (vm, rig):
+            store = rig.supervisors[VM].store
+            make(qemu, device, *over(vm))
+            broken = qemu.img.with_name("no-such-program")
+            rig.host._qemu_img = str(broken)  # what fails is making the overlay
+            known: list[JournalEntry] = []
+            write = store.journal.write
+
+            def spy(entry: JournalEntry) -> None:
+                known.append(entry)
+                write(entry)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store.journal, "write", spy)
+                with pytest.raises(StoreError, match="is missing"):
+                    await rig.create(VM, disk_only("s1", device, target_type="block"))
+            assert known
+            assert not any(entry.given for entry in known)
+
+
+@each_qemu
+async def test_a_file_that_nobody_named_is_left_alone(qemu: Qemu, tmp_path: Path) -> None:
+    """The name that an overlay gets by itself may be that of one which is needed still."""
+    async with open_lazy(qemu, tmp_path / "state") as (vm, rig):
+        theirs = vm.folder / f"{vm.disks[0].stem}.after-s1.qcow2"
+        for content in ("", "of somebody"):
+            theirs.write_text(content)
+            taken = await rig.create(VM, CreateRequest(name="s1", disk_only=True))
+            [overlay] = [Path(d.overlay or "") for d in taken.disks if d.target == "vda"]
+            assert overlay != theirs
+            assert overlay.name.startswith(theirs.stem)
+            assert theirs.read_text() == content
+            await rig.host.rename_snapshot(VM, "s1", f"s-{len(content)}")

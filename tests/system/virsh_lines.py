@@ -191,7 +191,7 @@ EDITED = (
     Line("snapshot-parent vm1 d2", r"d9\n"),
     fails("snapshot-edit vm1 d9 --rename --clone", "mutually exclusive"),
     fails("snapshot-edit vm1 d9", "editor", editor="false"),
-    fails("snapshot-create vm1 --redefine", "", status=1),
+    fails("snapshot-create vm1 --redefine", ""),
     *(
         fails(
             f"snapshot-create vm1 {{file}} --redefine --{flag}",

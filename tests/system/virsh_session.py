@@ -60,9 +60,9 @@ class Line:
     """A command that edits the file in its last argument."""
 
 
-def fails(words: str, says: str, status: int = 1, **more: Any) -> Line:  # noqa: ANN401
+def fails(words: str, says: str, **more: Any) -> Line:  # noqa: ANN401
     """A line that is refused, in words in which *says* is found."""
-    return Line(words, rf"(?:note: .*\n)*error: (?s:.*)(?:{says})(?s:.*)", status, **more)
+    return Line(words, rf"(?:note: .*\n)*error: (?s:.*)(?:{says})(?s:.*)", 1, **more)
 
 
 @dataclass(frozen=True)

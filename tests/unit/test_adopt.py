@@ -280,6 +280,10 @@ def test_forgotten_snapshot_comes_back(world: World) -> None:
     assert world.findings() == ()  # its images are not what nobody needs
     done = from_folder(store, store.directory)
     assert isinstance(done["left"], Adopted)
+    (kept / "notes.txt").write_text("somebody's")
+    store.drop_forgotten(kept)
+    assert [entry.name for entry in kept.iterdir()] == ["notes.txt"]
+    (kept / "notes.txt").unlink()
     store.drop_forgotten(kept)
     assert not kept.exists()
     assert world.findings() == ()

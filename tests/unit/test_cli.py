@@ -83,7 +83,7 @@ async def test_list_filters(served: Served, flags: str, expected: str) -> None:
 async def test_list_columns(served: Served) -> None:
     assert await run(served, "list --all --id --name") == "1234 vm1\n- vm2\n"
     assert await run(served, "list --uuid") == "-\n"
-    said = await run(served, "list --table --name", status=2)
+    said = await run(served, "list --table --name", status=1)
     assert "Options --table and --name are mutually exclusive" in said
 
 
@@ -133,7 +133,7 @@ async def test_dominfo_and_disks(served: Served) -> None:
 async def test_help(served: Served) -> None:
     assert "snapshot-list" in await run(served, "help")
     assert "--leaves" in await run(served, "help snapshot-list")
-    assert "doesn't exist" in await run(served, "help nothing", status=2)
+    assert "doesn't exist" in await run(served, "help nothing", status=1)
 
 
 async def test_the_line_of_a_virsh_script(served: Served, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ async def test_current_and_parent(served: Served) -> None:
     assert json.loads(await run(served, "--json snapshot-current vm1"))["name"] == "s2"
     assert await run(served, "snapshot-current vm1 s1") == "Snapshot s1 set as current\n"
     assert await run(served, "snapshot-current vm1 --name") == "s1\n"
-    said = await run(served, "snapshot-current vm1 --name s2", status=2)
+    said = await run(served, "snapshot-current vm1 --name s2", status=1)
     assert "Options --name and --snapshotname are mutually exclusive" in said
     await run(served, "snapshot-current vm1 s2")
     assert await run(served, "snapshot-parent vm1 --current") == "s1\n"
@@ -261,7 +261,7 @@ async def test_revert(served: Served) -> None:
         ),
     ]
     for flags in ("--running --paused", "--lazy --eager"):
-        said = await run(served, f"snapshot-revert vm1 s1 {flags}", status=2)
+        said = await run(served, f"snapshot-revert vm1 s1 {flags}", status=1)
         assert "mutually exclusive" in said
 
 
@@ -409,9 +409,9 @@ async def test_event_gives_up_in_time(served: Served) -> None:
 
 async def test_event_kinds(served: Served) -> None:
     assert await run(served, "event --list") == "lifecycle\nsnapshot\njob\n"
-    assert "unknown event type reboot" in await run(served, "event vm1 reboot", status=2)
+    assert "unknown event type reboot" in await run(served, "event vm1 reboot", status=1)
     for flags in ("--list --all", "--all --event job", "--list --event job"):
-        assert "are mutually exclusive" in await run(served, f"event {flags}", status=2)
+        assert "are mutually exclusive" in await run(served, f"event {flags}", status=1)
 
 
 async def test_an_event_at_its_time(served: Served) -> None:

@@ -60,7 +60,7 @@ async def test_clone_refused(served: Served, words: str, status: int, says: str)
 
 async def test_undefine(served: Served) -> None:
     assert await run(served, "undefine vm2") == (
-        "Domain vm2 has been undefined\n  removed /run/vm2.sock\n"
+        "Domain 'vm2' has been undefined\n  removed /run/vm2.sock\n"
     )
     assert json.loads(await run(served, "--json undefine vm2 --remove-all-storage")) == {
         "removed": ["/run/vm2.sock", "/d/vm2.qcow2"]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qsnapd.errors import WrongState
+from qsnapd.model.freeze import Filesystem
 from tests.unit.control_host import Served
 from tests.unit.test_cli import run
 
@@ -42,3 +44,24 @@ async def test_list(served: Served) -> None:
     )
     [root, _] = json.loads(await run(served, "domfsinfo vm1 --json"))
     assert root["devices"] == ["/dev/vda"]
+
+
+async def test_a_guest_does_not_steer_the_terminal(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = Filesystem(name="vda1\n", mountpoint="/\x1b[2J\udcff", type="ext4", devices=())
+
+    async def filesystems(name: str) -> tuple[Filesystem, ...]:
+        return (odd,)
+
+    monkeypatch.setattr(served.host, "filesystems", filesystems)
+    shown = await run(served, "domfsinfo vm1")
+    assert r" /\x1b[2J\udcff   vda1\n   ext4" in shown
+    assert json.loads(await run(served, "domfsinfo vm1 --json")) == [odd.model_dump(mode="json")]
+
+    async def fail(name: str) -> tuple[Filesystem, ...]:
+        raise WrongState("the agent says: \x1b]0;owned\x07")
+
+    monkeypatch.setattr(served.host, "filesystems", fail)
+    said = await run(served, "domfsinfo vm1", status=1)
+    assert said == "error: the agent says: \\x1b]0;owned\\x07\n"

@@ -104,7 +104,7 @@ async def test_import_says_what_is_in_the_way(served: Served, tmp_path: Path) ->
     ],
 )
 async def test_where_must_be_said_once(served: Served, line: str) -> None:
-    await run(served, line, status=2)
+    await run(served, line, status=1)
     assert served.host.transfers == []
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qsnapd.errors import StoreError
-from qsnapd.snapshot.delete_finish import remove_snapshot, spoil_forgotten
+from qsnapd.snapshot.delete_finish import remove_snapshot, settle_images
 from qsnapd.store.manifests import read_manifest
 from tests.parts import find_qemu
 from tests.unit.test_delete_plan import World, chain_of_three
@@ -41,14 +41,15 @@ def test_children_are_the_parents(world: World) -> None:
     assert world.store.manifest("t").parent is None
 
 
-def test_what_is_forgotten_is_told_that_its_image_is_overwritten(world: World) -> None:
+def test_what_is_forgotten_hears_where_its_images_are(world: World) -> None:
     chain_of_three(world)
-    world.snapshot("copy", "a", "base", parent="s")
-    folder = world.store.forget("copy", "01234567")
-    world.store.forget("s", "01234567")
-    spoil_forgotten(world.store, world.plan("t", "b", "a", "base").merges)
-    marks = {f.name: read_manifest(f / "snapshot.json").deleting for f in world.store.forgotten()}
-    assert marks == {folder.name: True, "s-01234567": False}
+    folder = world.store.forget("t", "01234567")
+    plan = world.plan("s", "b", "a", "base")
+    assert [m.kind for m in plan.merges] == ["commit"]
+    settle_images(world.store, plan.merges, but="s")
+    [disk] = read_manifest(folder / "snapshot.json").disks
+    assert [Path(file.path).stem for file in disk.chain] == ["base"]
+    assert disk.frozen == disk.chain[0].path
 
 
 def test_another_file_in_the_place_of_ours_stays(world: World) -> None:

@@ -1,7 +1,11 @@
 """What a deletion decides, for every way in which images can lie over each other."""
 
+import json
+import os
+import struct
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -11,12 +15,15 @@ import pytest
 from qsnapd.errors import Blocked, WrongState
 from qsnapd.image.files import identity
 from qsnapd.model.deletion import DeletePlan, Merge
+from qsnapd.model.registration import Registration
 from qsnapd.model.snapshot import DiskLayer, Machine, Manifest, Process
+from qsnapd.snapshot.delete_checks import refuse_cloned, refuse_newer, refuse_open
 from qsnapd.snapshot.delete_finish import settle_images, without
 from qsnapd.snapshot.delete_plan import Scene, affected, plan_deletion
 from qsnapd.snapshot.graph_reading import read_graph
 from qsnapd.store.layout import Store
 from qsnapd.store.made import MadeFile
+from qsnapd.store.registry import register
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.live_chain import LiveDisk, LiveLayer
 from tests.parts import find_qemu
@@ -215,6 +222,191 @@ def test_what_a_vm_was_last_seen_on_lies_over_it(world: World) -> None:
     world.store.made.saw([MadeFile(file=identity(foreign))])
     plan = world.plan("s")
     assert told(plan) == [("stream", "a", "foreign")]
+
+
+def test_a_vm_that_is_shut_off_was_on_the_frozen_image_last(world: World) -> None:
+    """Somebody had started it on that: what lies over it would destroy what its guest wrote."""
+    world.image("base", made=False)
+    world.image("a", "base")
+    world.snapshot("s", "base")
+    world.store.made.saw([MadeFile(file=identity(world.folder / "base.qcow2"))])
+    with pytest.raises(Blocked, match="last seen writing"):
+        world.plan("s")
+
+
+def test_the_last_image_of_a_vm_that_is_shut_off_stays(world: World) -> None:
+    chain_of_three(world)
+    (world.folder / "b.qcow2").unlink()
+    assert doomed(world.plan("t")) == ["a"]
+    world.store.made.saw([MadeFile(file=identity(world.folder / "a.qcow2"))])
+    plan = world.plan("t")
+    assert (told(plan), doomed(plan)) == ([], [])
+
+
+def test_an_image_within_is_not_merged_if_the_vm_was_on_it_last(world: World) -> None:
+    chain_of_three(world)
+    world.store.made.saw([MadeFile(file=identity(world.folder / "a.qcow2"))])
+    with pytest.raises(Blocked, match="last seen"):
+        world.plan("s")
+
+
+def test_what_another_vm_was_seen_on_is_in_the_way(world: World) -> None:
+    """Of its own making, and without any snapshot."""
+    chain_of_three(world)
+    other = world.root.vm("other")
+    foreign = world.image("foreign", "b", made=False)
+    other.made.saw([MadeFile(file=identity(foreign))])
+    with pytest.raises(WrongState, match="VM other"):
+        plan_deletion("t", world.scene(others=[other]))
+
+
+def test_what_is_forgotten_can_be_taken_in_again(world: World) -> None:
+    """Neither is its image merged into, nor removed with what was above it."""
+    chain_of_three(world)
+    world.snapshot("copy", "a", "base", parent="s")
+    world.store.forget("copy", "01234567")
+    plan = world.plan("t", "b", "a", "base")
+    assert (told(plan), doomed(plan)) == ([], [])
+    assert "copy (forgotten)" in plan.notes[0]
+    world.image("top", "b")
+    world.snapshot("u", "top", "b", "a", "base", parent="t")
+    world.snapshot("v", "b", "a", "base", parent="t")
+    world.store.forget("v", "01234567")
+    world.image("elsewhere", made=False)
+    assert doomed(world.plan("u", "elsewhere")) == ["top"]
+
+
+def test_a_disk_that_was_left_out_keeps_its_image(world: World) -> None:
+    chain_of_three(world)
+    without_disk = world.store.manifest("s")
+    left = world.store.manifest("t").disks
+    world.snapshot("u", "base")
+    world.store.replace(
+        without_disk.model_copy(update={"name": "u", "disks": (), "left_out": left})
+    )
+    plan = world.plan("s", "b", "a", "base")
+    settle_images(world.store, plan.merges, but="s")
+    [disk] = world.store.manifest("u").left_out
+    assert [Path(file.path).stem for file in disk.chain] == ["base"]
+    assert disk.frozen == disk.chain[0].path
+    world.store.replace(world.store.manifest("u").model_copy(update={"left_out": left}))
+    world.image("elsewhere", made=False)
+    (world.folder / "b.qcow2").unlink()
+    assert doomed(world.plan("t", "elsewhere")) == []
+
+
+def test_a_disk_that_was_unplugged_keeps_its_name(world: World) -> None:
+    chain_of_three(world)
+    world.image("elsewhere", made=False)
+    assert told(world.plan("t", "elsewhere")) == [("stream", "a", "b")]
+
+
+def test_a_read_only_disk_is_in_the_way(world: World) -> None:
+    chain_of_three(world)
+    base = identity(world.folder / "base.qcow2")
+    scene = replace(world.scene("b", "a", "base"), read_only={(base.device, base.inode): "vdb"})
+    with pytest.raises(Blocked, match="read-only disk vdb"):
+        plan_deletion("s", scene)
+
+
+def test_nobody_waits_for_a_pipe(world: World) -> None:
+    """Whoever may write an image's header may name anything in it."""
+    chain_of_three(world)
+    os.mkfifo(world.folder / "pipe")
+    path = world.image("odd", "a")
+    words = [IMG, "rebase", "-u", "-F", "raw", "-b", str(world.folder / "pipe"), str(path)]
+    subprocess.run(words, check=True)
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack(">I", 0xE2792ACA))
+    content[at : at + 4] = b"none"  # an extension that nobody knows
+    path.write_bytes(content)
+    with pytest.raises(Blocked, match="pipe"):
+        world.plan("t", "b", "a", "base")
+
+
+@pytest.mark.parametrize("name", [b"/a\0b", b"/a\xffb", b"json:{"])
+def test_names_that_cannot_be_names_are_told(world: World, name: bytes) -> None:
+    chain_of_three(world)
+    path = world.image("odd", "a")
+    content = bytearray(path.read_bytes())
+    at, length = struct.unpack_from(">QI", content, 8)
+    content[at : at + length] = name.ljust(length, b" ")
+    path.write_bytes(content)
+    with pytest.raises(Blocked, match="odd") as caught:
+        world.plan("t", "b", "a", "base")
+    assert str(caught.value).encode()
+
+
+def test_a_name_in_json_is_one(world: World) -> None:
+    chain_of_three(world)
+    path = world.image("odd")
+    text = {"driver": "qcow2", "file": {"filename": str(world.folder / "a.qcow2")}}
+    words = [IMG, "rebase", "-u", "-F", "qcow2", "-b", f"json:{json.dumps(text)}", str(path)]
+    subprocess.run(words, check=True)
+    assert told(world.plan("t", "b", "a", "base")) == [("stream", "a", "b"), ("stream", "a", "odd")]
+
+
+def test_what_qemu_was_told_otherwise_is_not_known(world: World) -> None:
+    chain_of_three(world)
+    with pytest.raises(Blocked, match="by what the images say"):
+        world.plan("t", "b", "base")
+
+
+def test_what_was_written_below_when_nobody_looked_is_not_destroyed(world: World) -> None:
+    base, a = world.image("base", made=False), world.image("a", "base")
+    world.snapshot("s", "base")
+    scene = world.scene()
+    plan = plan_deletion("s", scene)
+    after_s = a.stat().st_mtime + 60
+    os.utime(base, (after_s, after_s))
+    refuse_newer(plan, scene)  # nothing would be written there
+    io = str(find_qemu("7.2").img.with_name("qemu-io"))
+    subprocess.run([io, "-f", "qcow2", "-c", "write 0 64k", str(a)], check=True)
+    os.utime(base, (after_s, after_s))
+    with pytest.raises(Blocked, match="was written to after"):
+        refuse_newer(plan, scene)
+    manifest = plan.manifest.model_copy(update={"deleting": True})
+    refuse_newer(plan.model_copy(update={"manifest": manifest}), scene)
+    os.utime(a, (after_s + 1, after_s + 1))
+    refuse_newer(plan, scene)
+
+
+def test_other_qemus_are_in_the_way(world: World) -> None:
+    chain_of_three(world)
+    scene = world.scene()
+    plan = plan_deletion("t", scene)
+    refuse_open(plan, scene)
+    io = str(find_qemu("7.2").img.with_name("qemu-io"))
+    image = world.folder / "b.qcow2"
+    with subprocess.Popen(
+        [io, "-f", "qcow2", "-r", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as qemu_io:
+        assert qemu_io.stdin is not None
+        assert qemu_io.stdout is not None
+        qemu_io.stdin.write(b"read 0 64k\n")
+        qemu_io.stdin.flush()
+        assert b"read" in qemu_io.stdout.readline()
+        with pytest.raises(WrongState, match="is open in a QEMU"):
+            refuse_open(plan, scene)
+        qemu_io.stdin.close()
+
+
+def test_a_clone_is_started_again_from_its_snapshot(world: World) -> None:
+    chain_of_three(world)
+    clone = world.root.vm("clone")
+    registration = Registration(
+        name="clone",
+        qmp="/none",
+        source="web",
+        snapshot="t",
+        created_at=datetime.now(UTC),
+        overlays=(),
+        files=(),
+    )
+    register(clone, registration)
+    refuse_cloned([clone], "web", "s")
+    with pytest.raises(WrongState, match="clone"):
+        refuse_cloned([clone], "web", "t")
 
 
 def test_a_vm_on_the_frozen_image_is_not_merged_into(world: World) -> None:

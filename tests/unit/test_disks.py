@@ -152,6 +152,15 @@ def test_a_block_device_has_no_size_of_its_own_as_a_file() -> None:
     assert (shown.type, shown.size_bytes, shown.allocated_bytes) == ("block", None, None)
 
 
+@pytest.mark.parametrize("device_type", ["scsi-block", "scsi-generic"])
+async def test_a_device_that_is_passed_through(device_type: str) -> None:
+    query_block = [{"qdev": "/machine/peripheral/d", "inserted": node("n", image("/no/such"))}]
+    answers = Answers(query_block=query_block, query_fdsets=[], qom_get=device_type)
+    [disk] = await read_disks(QmpSession(answers), os.getpid())
+    assert disk.refusal is not None
+    assert "passed through" in disk.refusal
+
+
 async def test_media_that_are_left_out() -> None:
     cd = {"device": "cd", "removable": True, "inserted": node("c", image("/no/such"))}
     fixed = {"device": "ro", "inserted": node("r", image("/no/such"), ro=True)}

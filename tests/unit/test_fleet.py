@@ -72,6 +72,11 @@ def test_only_what_was_made_is_removed(tmp_path: Path) -> None:
     assert remove_made(made, storage=True) == (str(tmp_path / "disk"),)
     assert replaced.exists()
     assert remove_made(made, storage=True) == ()
+    later = tmp_path / "later"
+    later.touch()
+    images = [identity(later)]
+    assert remove_made(made, storage=False, images=images) == ()
+    assert remove_made(made, storage=True, images=images) == (str(later),)
 
 
 def test_no_trace_is_left_of_a_forgotten_vm(tmp_path: Path) -> None:

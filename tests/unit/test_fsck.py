@@ -16,6 +16,7 @@ from qsnapd.model.registration import LastSeen, Registration, SeenDisk
 from qsnapd.model.snapshot import FileIdentity
 from qsnapd.snapshot.fsck_facts import Around, look_around
 from qsnapd.snapshot.fsck_live import Handed
+from qsnapd.store.layout import Store
 from qsnapd.store.registry import note_last_seen, register
 from tests.real.damage import marked_corrupt, over, resized
 from tests.unit.fsck_world import Change, World, codes, is_clean, make_world, qemu_img, with_nodes
@@ -340,6 +341,34 @@ def test_repair_spares_what_this_daemon_may_have_begun(world: World) -> None:
     assert not is_clean(findings)
     assert world.store.partials() == ("begun",)
     assert world.image(f"base.after-x.qcow2.{TOKEN}.partial").exists()
+
+
+@pytest.mark.parametrize("whose", ["its own", "another VM's"])
+def test_repair_spares_what_a_record_that_is_not_understood_may_tell_of(
+    world: World, tmp_path: Path, whose: str
+) -> None:
+    """The guest may write to it by now."""
+    overlay = world.image(f"base.after-x.qcow2.{TOKEN}.partial")
+    overlay.touch()
+    world.store.stage("begun")
+    (world.store.directory / f".{TOKEN}.view").touch()
+    with Store(tmp_path / "other") as others:
+        other = others.vm("other")
+        store = world.store if whose == "its own" else other
+        (store.directory / ".journal.json").write_text('{"format": 99}')
+        world.around = look_around([other])
+        assert codes(world.repaired()) <= {"record-unreadable"}
+    assert overlay.exists()
+    assert world.store.partials() == ("begun",)
+
+
+def test_repair_spares_what_the_guest_writes_to(world: World) -> None:
+    assert world.live is not None
+    name = f"base.after-x.qcow2.{TOKEN}.partial"
+    world.overlay(name, "base.after-s2.qcow2")
+    world.live = world.running(name, "base.after-s2.qcow2", "base.after-s1.qcow2", "base.qcow2")
+    assert not any(finding.repaired for finding in world.repaired())
+    assert world.image(name).exists()
 
 
 def test_repair_removes_no_file_that_took_its_place(world: World) -> None:

@@ -12,6 +12,7 @@ from qsnapd.errors import StoreError
 from qsnapd.model.plan import OverlayPlan, PivotPlan
 from qsnapd.snapshot.merge import merge_offline
 from tests.parts import find_qemu
+from tests.real.test_reuse import loop_device
 
 SIZE_BYTES = 1 << 20
 IMG = str(find_qemu("7.2").img)
@@ -126,3 +127,22 @@ def test_qemu_img_runs_as_the_images_owner(pivot: PivotPlan, tmp_path: Path) -> 
     merge(pivot, inodes(pivot), qemu_img=str(spy))
     assert set(seen.read_text().split()) == {str(owner)}
     assert holds(pivot.overlay.backing, 2)
+
+
+def test_an_overlay_on_a_device_is_known_by_what_it_covers(
+    pivot: PivotPlan, tmp_path: Path
+) -> None:
+    """The name of a device gets another inode with each start of the host."""
+    backing = pivot.overlay.backing
+    with loop_device(tmp_path, size_mib=4) as device:
+        make = [IMG, "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b"]
+        subprocess.run([*make, f"{backing}-other", str(device), str(SIZE_BYTES)], check=True)
+        overlay = pivot.overlay.model_copy(update={"path": str(device), "on_device": True})
+        on_device = pivot.model_copy(update={"overlay": overlay})
+        merge(on_device, frozenset({1}))
+        subprocess.run([*make, backing, str(device), str(SIZE_BYTES)], check=True)
+        write(device, 2)
+        merge(on_device, frozenset())
+        assert holds(backing, 1)
+        merge(on_device, frozenset({1}))
+    assert holds(backing, 2)

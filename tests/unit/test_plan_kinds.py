@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qsnapd.errors import AgentAbsent, BadRequest, QsnapError, WrongState
+from qsnapd.errors import AgentAbsent, BadRequest, Blocked, QsnapError, WrongState
 from qsnapd.model.plan import Place
 from qsnapd.model.request import CreateRequest, DiskRequest
 from qsnapd.model.snapshot import Consistency, ImageFormat, Strategy
@@ -222,3 +222,11 @@ def test_disks_that_qemu_has_let_go_of(active: bool, refused: bool) -> None:
         return
     with pytest.raises(WrongState, match="has let go of its disks"):
         plan_checkpoint(request, now)
+
+
+def test_over_what_no_overlay_may_be_put() -> None:
+    now = situation(disks=(disk("vda"), disk("vdb", refusal="is shared")))
+    with pytest.raises(Blocked, match="disk vdb is shared: leave it out"):
+        plan_checkpoint(CreateRequest(), now)
+    left = CreateRequest(disks=(DiskRequest(target="vdb", snapshot="no"),))
+    assert [pivot.overlay.target for pivot in plan_checkpoint(left, now).pivots] == ["vda"]

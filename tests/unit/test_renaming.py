@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -222,3 +223,28 @@ def test_broken_off_anywhere(
     assert len(outcomes) > 8
     expected = {KILLED, DONE} if kills else {REFUSED, DONE}
     assert set(outcomes) - {PARTIAL} == expected
+
+
+@pytest.mark.parametrize("call", [rename_snapshot, copy_snapshot])
+def test_the_unfinished_import_of_somebody_else_stays(
+    vm: VmStore, call: Callable[[VmStore, str, str], Manifest]
+) -> None:
+    begun = vm.stage("new") / "memory.img"
+    begun.write_bytes(b"half of it")
+    with pytest.raises(StoreError, match="is in the way"):
+        call(vm, "old", "new")
+    assert begun.read_bytes() == b"half of it"
+    assert finish_renaming(vm) is None
+    assert tree(vm) == PARENTS
+
+
+@pytest.mark.parametrize("taken_anew", ["old", "new"])
+def test_a_name_that_was_taken_anew_is_another_snapshots(vm: VmStore, taken_anew: str) -> None:
+    take(vm, "new", None)
+    other = vm.manifest(taken_anew)
+    vm.replace(other.model_copy(update={"created_at": other.created_at + timedelta(seconds=1)}))
+    record = '{"old": "old", "new": "new", "keeps_old": false}'
+    (vm.directory / RENAMING_NAME).write_text(record)
+    assert finish_renaming(vm) is None
+    assert tree(vm) == PARENTS | {"new": None}
+    assert not (vm.directory / RENAMING_NAME).exists()

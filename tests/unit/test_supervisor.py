@@ -6,9 +6,14 @@ from typing import cast
 import pytest
 import trio
 
+from qsnapd.daemon.editing import claimed
+from qsnapd.daemon.events import EventHub
+from qsnapd.daemon.fleet import Fleet
+from qsnapd.daemon.host import LocalHost
 from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.supervisor import Supervisor
-from qsnapd.errors import SessionLost
+from qsnapd.errors import SessionLost, WrongState
+from qsnapd.model.job import JobKind
 from qsnapd.store.layout import Store
 from qsnapd.store.renaming import RENAMING_NAME, Renaming, copy_snapshot
 from qsnapd.vm.attached import AttachedVm
@@ -56,3 +61,53 @@ async def test_a_rename_that_a_killed_daemon_had_begun_is_finished(
         assert tree(vm) == RENAMED
         assert_whole(vm)
     assert "finished renaming snapshot old to new" in caplog.text
+
+
+@pytest.mark.parametrize("attaches", [True, False])
+async def test_whoever_attaches_while_a_record_is_edited_is_looked_after(
+    tmp_path: Path, attaches: bool
+) -> None:
+    """A guest that a killed daemon has left paused would stand still until the next job."""
+    vm, looked_after = cast("AttachedVm", object()), list[AttachedVm]()
+
+    class Watching(Supervisor):
+        async def look_after(self, vm: AttachedVm) -> None:
+            assert self.job is None
+            looked_after.append(vm)
+
+    with Store(tmp_path) as store:
+        supervisor = Watching(
+            *("vm1", tmp_path / "qmp", store.vm("vm1"), print),
+            qemu_img="qemu-img",
+            launcher=Spawn(),
+        )
+        async with claimed(supervisor, JobKind.EDIT, "s1"):
+            assert supervisor.job is not None
+            if attaches:
+                supervisor.attached = vm
+    assert looked_after == [vm] * attaches
+
+
+@pytest.mark.parametrize("kind", [JobKind.EDIT, JobKind.REPAIR])
+async def test_what_cannot_be_aborted_says_so(tmp_path: Path, kind: JobKind) -> None:
+    with Store(tmp_path) as store:
+        supervisor = Supervisor(
+            *("vm1", tmp_path / "qmp", store.vm("vm1"), print),
+            qemu_img="qemu-img",
+            launcher=Spawn(),
+        )
+
+        class OnlyOne(Fleet):
+            def __init__(self) -> None:
+                pass
+
+            def find(self, word: str) -> Supervisor:
+                return supervisor
+
+        async with trio.open_nursery() as jobs:
+            host = LocalHost(OnlyOne(), EventHub(), jobs, qemu_img="qemu-img")
+            async with claimed(supervisor, kind):
+                with pytest.raises(WrongState, match=r"with the command that asked for it"):
+                    host.abort("vm1")
+            with pytest.raises(WrongState, match="no job is running"):
+                host.abort("vm1")
