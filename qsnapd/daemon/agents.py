@@ -6,7 +6,7 @@ from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.errors import VmBusy, WrongState
 from qsnapd.model.freeze import Filesystem
 from qsnapd.model.state import State
-from qsnapd.snapshot.filesystems import freeze_by_hand, list_filesystems, thaw_by_hand
+from qsnapd.snapshot.taking.filesystems import freeze_by_hand, list_filesystems, thaw_by_hand
 from qsnapd.vm.attached import AttachedVm
 
 

@@ -16,7 +16,7 @@ from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.parsing import parse_manifest
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.redefine import Present, redefine
+from qsnapd.snapshot.moving.redefine import Present, redefine
 from qsnapd.store.renaming import copy_snapshot, finish_renaming, rename_snapshot
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.disks import read_disks

@@ -19,8 +19,8 @@ from qsnapd.errors import QsnapError, StoreError, TargetRefused, UnknownVm, VmEx
 from qsnapd.model.event import Event
 from qsnapd.model.plan import ClonePlan
 from qsnapd.model.registration import Registration
-from qsnapd.snapshot.clone import undo_clone
-from qsnapd.snapshot.revert_plan import require_no_qemu
+from qsnapd.snapshot.restoring.clone import undo_clone
+from qsnapd.snapshot.restoring.revert_plan import require_no_qemu
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration, remove_made
 from qsnapd.store.snapshots import VmStore

@@ -30,23 +30,23 @@ from qsnapd.model.state import State
 from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, ScanResult
 from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
-from qsnapd.snapshot.boot import boot
-from qsnapd.snapshot.clone import Clone
-from qsnapd.snapshot.clone_boot import boot_clone
-from qsnapd.snapshot.clone_plan import plan_clone
-from qsnapd.snapshot.create import Checkpoint
-from qsnapd.snapshot.deletions import Deletions
-from qsnapd.snapshot.export import export_snapshot
-from qsnapd.snapshot.former_names import note_disks
-from qsnapd.snapshot.imported import import_snapshot, notes
+from qsnapd.snapshot.deleting.deletions import Deletions
+from qsnapd.snapshot.deleting.former_names import note_disks
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.meter import Tell
-from qsnapd.snapshot.preflight import preflight
-from qsnapd.snapshot.rehearsal import only_one
-from qsnapd.snapshot.revert import Revert, eager_note
-from qsnapd.snapshot.revert_plan import describe_launch
-from qsnapd.snapshot.switch import DETACH_LIMIT_S
-from qsnapd.snapshot.verify import verify_snapshot
+from qsnapd.snapshot.moving.export import export_snapshot
+from qsnapd.snapshot.moving.imported import import_snapshot, notes
+from qsnapd.snapshot.moving.meter import Tell
+from qsnapd.snapshot.restoring.boot import boot
+from qsnapd.snapshot.restoring.clone import Clone
+from qsnapd.snapshot.restoring.clone_boot import boot_clone
+from qsnapd.snapshot.restoring.clone_plan import plan_clone
+from qsnapd.snapshot.restoring.preflight import preflight
+from qsnapd.snapshot.restoring.rehearsal import only_one
+from qsnapd.snapshot.restoring.revert import Revert, eager_note
+from qsnapd.snapshot.restoring.revert_plan import describe_launch
+from qsnapd.snapshot.restoring.switch import DETACH_LIMIT_S
+from qsnapd.snapshot.restoring.verify import verify_snapshot
+from qsnapd.snapshot.taking.create import Checkpoint
 from qsnapd.vm.disks import read_disks
 from qsnapd.vm.launch import Parent
 from qsnapd.vm.process import still_runs

@@ -13,9 +13,9 @@ from qsnapd.errors import Effect, QsnapError
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.plan import JournalEntry, RevertPlan
-from qsnapd.snapshot.delete import Deletion, Others
-from qsnapd.snapshot.delete_recovery import recover_deletion
-from qsnapd.snapshot.former_names import note_disks
+from qsnapd.snapshot.deleting.delete import Deletion, Others
+from qsnapd.snapshot.deleting.former_names import note_disks
+from qsnapd.snapshot.deleting.recovery import recover_deletion
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.recovery import (
     recover,
@@ -23,8 +23,8 @@ from qsnapd.snapshot.recovery import (
     rescue_left,
     unfinished_revert,
 )
-from qsnapd.snapshot.start import Seat
-from qsnapd.snapshot.switch import Left, Switch
+from qsnapd.snapshot.restoring.start import Seat
+from qsnapd.snapshot.restoring.switch import Left, Switch
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.proc import find_launched
 from qsnapd.vm.process import still_runs

@@ -14,11 +14,11 @@ from qsnapd.errors import QsnapError
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, RevertPlan
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
-from qsnapd.snapshot.create import is_committed
-from qsnapd.snapshot.delete_recovery import release_guest
+from qsnapd.snapshot.deleting.recovery import release_guest
 from qsnapd.snapshot.recovery import rescue_left, resume_reverted
-from qsnapd.snapshot.revert import is_same
-from qsnapd.snapshot.thaw import thaw_owed
+from qsnapd.snapshot.restoring.revert import is_same
+from qsnapd.snapshot.taking.create import is_committed
+from qsnapd.snapshot.taking.thaw import thaw_owed
 from qsnapd.snapshot.undo import give_back_run_state, settle_migration
 from qsnapd.store.layout import Store
 from qsnapd.store.owed_thaw import read_owed_thaw

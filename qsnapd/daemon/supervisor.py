@@ -22,10 +22,10 @@ from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition, State
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
-from qsnapd.snapshot import export, imported
-from qsnapd.snapshot.delete import Others
-from qsnapd.snapshot.former_names import note_disks
+from qsnapd.snapshot.deleting.delete import Others
+from qsnapd.snapshot.deleting.former_names import note_disks
 from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.moving import export, imported
 from qsnapd.store.renaming import finish_renaming
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm, attach

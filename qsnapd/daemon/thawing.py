@@ -9,7 +9,7 @@ import trio
 
 from qsnapd.errors import QsnapError, VmBusy
 from qsnapd.model.event import Event, EventKind
-from qsnapd.snapshot.thaw import may_be_frozen, thaw_owed
+from qsnapd.snapshot.taking.thaw import may_be_frozen, thaw_owed
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.provisions import Provisions

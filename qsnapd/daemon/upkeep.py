@@ -21,16 +21,16 @@ from qsnapd.model.job import JobKind
 from qsnapd.model.parsing import parse_manifest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.transfer import Export, ImportRequest, Scanned, ScanOutcome, ScanResult
-from qsnapd.snapshot.adopt import Adopted
-from qsnapd.snapshot.fsck import Examination
-from qsnapd.snapshot.fsck_facts import Around, gather
-from qsnapd.snapshot.fsck_graph import goes_on_from
-from qsnapd.snapshot.fsck_live import look_live
-from qsnapd.snapshot.imported import import_snapshot, notes
-from qsnapd.snapshot.meter import Meter, Tell
-from qsnapd.snapshot.redefine import require_unwritten
-from qsnapd.snapshot.scan import Found, current_in, look_through, open_memory
-from qsnapd.snapshot.take_in import bring_children_back, forget_lost_parents, take_in
+from qsnapd.snapshot.checking.facts import Around, gather
+from qsnapd.snapshot.checking.fsck import Examination
+from qsnapd.snapshot.checking.graph import goes_on_from
+from qsnapd.snapshot.checking.live import look_live
+from qsnapd.snapshot.moving.adopt import Adopted
+from qsnapd.snapshot.moving.imported import import_snapshot, notes
+from qsnapd.snapshot.moving.meter import Meter, Tell
+from qsnapd.snapshot.moving.redefine import require_unwritten
+from qsnapd.snapshot.moving.scan import Found, current_in, look_through, open_memory
+from qsnapd.snapshot.moving.take_in import bring_children_back, forget_lost_parents, take_in
 
 
 class Upkeep:

@@ -8,7 +8,7 @@ import trio
 from qsnapd.errors import ImageInvalid, WrongState
 from qsnapd.image.savevm import Verified
 from qsnapd.model.snapshot import Manifest, MemoryImage
-from qsnapd.snapshot.finish import verify_image
+from qsnapd.snapshot.taking.finish import verify_image
 from qsnapd.vm.identity import is_still
 
 

@@ -11,15 +11,20 @@ import trio
 from qsnapd.errors import Effect, QsnapError, SessionLost, StoreError
 from qsnapd.model.plan import CheckpointPlan, ClonePlan, JournalEntry, Restore, RevertPlan
 from qsnapd.qmp.agent import GuestAgent
-from qsnapd.snapshot.clone import finish_clone, settle_clone
-from qsnapd.snapshot.create import is_committed, settle_committed
-from qsnapd.snapshot.halt import end_vm
 from qsnapd.snapshot.merge import merge_offline
-from qsnapd.snapshot.rescuing import free_guest
-from qsnapd.snapshot.revert import give_up_revert, is_same, undo_revert
-from qsnapd.snapshot.start import runs_by
-from qsnapd.snapshot.switch import drop_revert, finish_return, finish_revert, settle_revert
-from qsnapd.snapshot.thaw import may_be_frozen, thaw_owed
+from qsnapd.snapshot.restoring.clone import finish_clone, settle_clone
+from qsnapd.snapshot.restoring.revert import give_up_revert, is_same, undo_revert
+from qsnapd.snapshot.restoring.start import runs_by
+from qsnapd.snapshot.restoring.switch import (
+    drop_revert,
+    finish_return,
+    finish_revert,
+    settle_revert,
+)
+from qsnapd.snapshot.taking.create import is_committed, settle_committed
+from qsnapd.snapshot.taking.halt import end_vm
+from qsnapd.snapshot.taking.rescuing import free_guest
+from qsnapd.snapshot.taking.thaw import may_be_frozen, thaw_owed
 from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
 from qsnapd.store.owed_thaw import forget_owed_thaw, read_owed_thaw
 from qsnapd.store.snapshots import VmStore

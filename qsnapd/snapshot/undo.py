@@ -38,7 +38,7 @@ from qsnapd.qmp.migration import (
     QueryMigrateCapabilities,
 )
 from qsnapd.qmp.session import QmpSession
-from qsnapd.snapshot.rescuing import make_save_again, settle_drained
+from qsnapd.snapshot.taking.rescuing import make_save_again, settle_drained
 from qsnapd.vm.attached import AttachedVm
 
 CANCEL_PATIENCE_S = 1.0

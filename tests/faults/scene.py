@@ -20,9 +20,9 @@ from qsnapd.model.snapshot import ImageFormat, Manifest, Process, Strategy
 from qsnapd.model.state import State
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
-from qsnapd.snapshot.create import Checkpoint
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.recovery import recover, recover_without_qemu
+from qsnapd.snapshot.taking.create import Checkpoint
 from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm, learn

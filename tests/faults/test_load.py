@@ -10,7 +10,7 @@ from qsnapd.errors import CaptureFailed, TargetRefused
 from qsnapd.model.job import JobKind
 from qsnapd.model.plan import Loading
 from qsnapd.model.snapshot import ImageFormat, Strategy
-from qsnapd.snapshot.load import can_load_on_demand, finish_loading, load_memory
+from qsnapd.snapshot.restoring.load import can_load_on_demand, finish_loading, load_memory
 from tests.faults.fake_monitor import Arguments, Refusal
 from tests.faults.scene import Case, Scene, open_scene
 

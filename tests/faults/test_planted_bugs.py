@@ -5,7 +5,8 @@ import trio
 
 from qsnapd.model.snapshot import Strategy
 from qsnapd.qmp.migration import MigrationStats
-from qsnapd.snapshot import create, undo
+from qsnapd.snapshot import undo
+from qsnapd.snapshot.taking import create
 from tests.faults.scene import Case
 from tests.faults.sweeps import cancel_sweep
 

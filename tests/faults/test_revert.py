@@ -10,9 +10,9 @@ from qsnapd.model.job import JobKind
 from qsnapd.model.request import RevertRequest
 from qsnapd.model.snapshot import Strategy
 from qsnapd.model.state import Condition
-from qsnapd.snapshot.preflight import Preflight
-from qsnapd.snapshot.revert import KEPT, Revert
-from qsnapd.snapshot.switch import Switch
+from qsnapd.snapshot.restoring.preflight import Preflight
+from qsnapd.snapshot.restoring.revert import KEPT, Revert
+from qsnapd.snapshot.restoring.switch import Switch
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.launch import NOBODY
 from qsnapd.vm.launcher import Launcher
@@ -65,7 +65,7 @@ async def see_nothing_wrong(*_manifest: object, **_options: object) -> Preflight
 
 @pytest.fixture(autouse=True)
 def no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsnapd.snapshot.revert.preflight", see_nothing_wrong)
+    monkeypatch.setattr("qsnapd.snapshot.restoring.revert.preflight", see_nothing_wrong)
 
 
 async def reverted(scene: Scene, *, discard: bool = True) -> bool:

@@ -26,8 +26,8 @@ from qsnapd.errors import (
 from qsnapd.model.request import CloneRequest, CreateRequest, Memory, RevertRequest
 from qsnapd.model.snapshot import Manifest
 from qsnapd.qmp.commands import AddFd
-from qsnapd.snapshot import clone as snapshot_clone
-from qsnapd.snapshot import start as snapshot_start
+from qsnapd.snapshot.restoring import clone as snapshot_clone
+from qsnapd.snapshot.restoring import start as snapshot_start
 from qsnapd.vm.spawn import Spawned
 from tests.harness import Disk, Vm, open_vm
 from tests.parts import SYSTEM_QEMU, Qemu, qemu_versions

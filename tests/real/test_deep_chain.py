@@ -17,8 +17,8 @@ from qsnapd.control.view import placed
 from qsnapd.errors import Blocked
 from qsnapd.model.request import CreateRequest, DeleteRequest, Memory, RevertRequest
 from qsnapd.model.snapshot import Strategy
-from qsnapd.snapshot import overlay_node
-from qsnapd.snapshot.plan_disks import CHAIN_LIMIT
+from qsnapd.snapshot.taking import overlay_node
+from qsnapd.snapshot.taking.plan_disks import CHAIN_LIMIT
 from tests.harness import Disk, Vm
 from tests.parts import Qemu
 from tests.real.cases import NEWEST, VM, each_qemu, open_lazy

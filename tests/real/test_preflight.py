@@ -8,7 +8,7 @@ import pytest
 
 from qsnapd.errors import QsnapError, SnapshotDiffers
 from qsnapd.model.request import CreateRequest, RevertRequest
-from qsnapd.snapshot.preflight import preflight
+from qsnapd.snapshot.restoring.preflight import preflight
 from tests.parts import Qemu
 from tests.real.cases import VM, each_qemu, open_lazy
 from tests.real.damage import mode

@@ -17,7 +17,7 @@ from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import Machine, Process
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.migration import MigrateSetCapabilities
-from qsnapd.snapshot.differences import compare_cpu
+from qsnapd.snapshot.restoring.differences import compare_cpu
 from qsnapd.vm.argv import Option
 from qsnapd.vm.probe import Probe, UnknownMachine, probe
 from qsnapd.vm.proc import status_of

@@ -97,7 +97,7 @@ async def test_agent_killed_while_frozen(qemu: Qemu, tmp_path: Path) -> None:
 
 async def test_agent_gone_while_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snapshot stands, and is thawed in the background as soon as there is an agent."""
-    monkeypatch.setattr("qsnapd.snapshot.thaw.THAW_LIMIT_S", 2.0)
+    monkeypatch.setattr("qsnapd.snapshot.taking.thaw.THAW_LIMIT_S", 2.0)
     async with open_quiet(NEWEST, tmp_path) as (vm, rig):
         gate = Gate(Transaction)
         with steered(rig.supervisors[VM], before=gate), rig.host.subscribe() as events:

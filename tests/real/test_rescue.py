@@ -27,7 +27,7 @@ from qsnapd.errors import (
     RescueDenied,
 )
 from qsnapd.model.snapshot import ImageFormat, Strategy
-from qsnapd.snapshot import memory, rescuing
+from qsnapd.snapshot.taking import memory, rescuing
 from qsnapd.vm.identity import ProcessIdentity, identify
 from qsnapd.vm.rescue import protected_memory, release_memory
 from tests.harness import Slots, Vm, open_vm

@@ -22,8 +22,8 @@ from qsnapd.errors import (
 from qsnapd.model.plan import JournalEntry, Launch, Loading, RevertPlan
 from qsnapd.model.request import CreateRequest, Memory, RevertRequest
 from qsnapd.model.snapshot import Manifest, Strategy
-from qsnapd.snapshot import load
 from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.restoring import load
 from qsnapd.store.journal import Journal
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
@@ -163,7 +163,7 @@ async def test_what_was_left_comes_back_if_the_snapshot_does_not_load(
         await vm.wait_checked()
         files = {path for path in vm.folder.iterdir() if "after-s." in path.name}
         mark, pid = len(vm.log_lines()), vm.pid
-        monkeypatch.setattr("qsnapd.snapshot.start.load_memory", load_memory)
+        monkeypatch.setattr("qsnapd.snapshot.restoring.start.load_memory", load_memory)
         with pytest.raises(VmError, match="The VM is back in the state it was in") as failure:
             await rig.revert(VM, RevertRequest(name="s"))
         assert failure.value.effect is Effect.ROLLED_BACK
@@ -189,7 +189,7 @@ async def test_shut_off_with_words_if_nothing_was_kept(
     async with open_lazy(qemu, tmp_path) as (vm, rig):
         manifest = await rig.create(VM, CreateRequest(name="s"))
         with monkeypatch.context() as patch:
-            patch.setattr("qsnapd.snapshot.start.load_memory", load_memory)
+            patch.setattr("qsnapd.snapshot.restoring.start.load_memory", load_memory)
             with pytest.raises(VmError, match="The VM is shut off; the disks of the state") as no:
                 await rig.revert(VM, RevertRequest(name="s", discard=True))
         assert no.value.effect is Effect.PARTIAL

@@ -237,7 +237,7 @@ async def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
             with pytest.raises(StoreFull, match="1000 bytes free"):
                 await export(rig, to_target)
         with monkeypatch.context() as patched:
-            patched.setattr("qsnapd.snapshot.tar_writer.TAR", "no-such-tar")
+            patched.setattr("qsnapd.snapshot.moving.tar_writer.TAR", "no-such-tar")
             with pytest.raises(StoreError, match="no-such-tar"):
                 await export(rig, ExportRequest(name="s"), sink)
         for fd in (readable, sink):

@@ -50,7 +50,7 @@ from qsnapd.model.transfer import (
 )
 from qsnapd.model.verification import Check, Outcome, Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
-from qsnapd.snapshot.meter import Tell
+from qsnapd.snapshot.moving.meter import Tell
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 GIB = 1 << 30

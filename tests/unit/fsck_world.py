@@ -25,10 +25,10 @@ from qsnapd.model.snapshot import (
     RamBlock,
     Strategy,
 )
-from qsnapd.snapshot.fsck import judge
-from qsnapd.snapshot.fsck_facts import Around, Facts, gather
-from qsnapd.snapshot.fsck_live import Live, Node
-from qsnapd.snapshot.fsck_repair import repair
+from qsnapd.snapshot.checking.facts import Around, Facts, gather
+from qsnapd.snapshot.checking.fsck import judge
+from qsnapd.snapshot.checking.live import Live, Node
+from qsnapd.snapshot.checking.repair import repair
 from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.disks import Disk

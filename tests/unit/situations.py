@@ -6,7 +6,7 @@ from typing import Any
 from qsnapd.model.snapshot import FileIdentity
 from qsnapd.model.state import Condition
 from qsnapd.qmp.migration import MigrationInfo
-from qsnapd.snapshot.situation import Situation
+from qsnapd.snapshot.taking.situation import Situation
 from qsnapd.vm.disks import Disk
 
 CAPABILITIES = ("events", "xbzrle", "multifd", "pause-before-switchover", "background-snapshot")

@@ -21,10 +21,10 @@ from qsnapd.errors import (
 from qsnapd.image import sparse
 from qsnapd.model.parsing import parse_manifest
 from qsnapd.model.snapshot import Manifest
-from qsnapd.snapshot import take_in as taking_in
-from qsnapd.snapshot.adopt import Adopted
-from qsnapd.snapshot.scan import current_in, look_through, open_memory
-from qsnapd.snapshot.take_in import bring_children_back, take_in
+from qsnapd.snapshot.moving import take_in as taking_in
+from qsnapd.snapshot.moving.adopt import Adopted
+from qsnapd.snapshot.moving.scan import current_in, look_through, open_memory
+from qsnapd.snapshot.moving.take_in import bring_children_back, take_in
 from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
 from tests.unit.crafted_images import PAGE

@@ -4,7 +4,7 @@ import pytest
 import trio
 
 from qsnapd.errors import StoreError
-from qsnapd.snapshot.beside import with_watcher
+from qsnapd.snapshot.moving.beside import with_watcher
 
 
 async def test_failure_while_being_cancelled() -> None:

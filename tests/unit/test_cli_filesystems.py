@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from qsnapd.errors import WrongState
 from qsnapd.model.freeze import Filesystem
@@ -52,6 +53,7 @@ async def test_a_guest_does_not_steer_the_terminal(
     odd = Filesystem(name="vda1\n", mountpoint="/\x1b[2J\udcff", type="ext4", devices=())
 
     async def filesystems(name: str) -> tuple[Filesystem, ...]:
+        await trio.lowlevel.checkpoint()
         return (odd,)
 
     monkeypatch.setattr(served.host, "filesystems", filesystems)
@@ -60,6 +62,7 @@ async def test_a_guest_does_not_steer_the_terminal(
     assert json.loads(await run(served, "domfsinfo vm1 --json")) == [odd.model_dump(mode="json")]
 
     async def fail(name: str) -> tuple[Filesystem, ...]:
+        await trio.lowlevel.checkpoint()
         raise WrongState("the agent says: \x1b]0;owned\x07")
 
     monkeypatch.setattr(served.host, "filesystems", fail)

@@ -10,8 +10,8 @@ from qsnapd.control.view import placed
 from qsnapd.errors import Blocked, VmError
 from qsnapd.model.plan import ClonePlan, JournalEntry, Launch
 from qsnapd.snapshot import recovery
-from qsnapd.snapshot.clone import give_pipe
-from qsnapd.snapshot.clone_plan import require_free
+from qsnapd.snapshot.restoring.clone import give_pipe
+from qsnapd.snapshot.restoring.clone_plan import require_free
 from qsnapd.store.snapshots import VmStore
 from tests.unit.test_store import manifest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qsnapd.errors import StoreError
-from qsnapd.snapshot.delete_finish import remove_snapshot, settle_images
+from qsnapd.snapshot.deleting.finish import remove_snapshot, settle_images
 from qsnapd.store.manifests import read_manifest
 from tests.parts import find_qemu
 from tests.unit.test_delete_plan import World, chain_of_three

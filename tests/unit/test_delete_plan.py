@@ -17,10 +17,10 @@ from qsnapd.image.files import identity
 from qsnapd.model.deletion import DeletePlan, Merge
 from qsnapd.model.registration import Registration
 from qsnapd.model.snapshot import DiskLayer, Machine, Manifest, Process
-from qsnapd.snapshot.delete_checks import refuse_cloned, refuse_newer, refuse_open
-from qsnapd.snapshot.delete_finish import settle_images, without
-from qsnapd.snapshot.delete_plan import Scene, affected, plan_deletion
-from qsnapd.snapshot.graph_reading import read_graph
+from qsnapd.snapshot.deleting.checks import refuse_cloned, refuse_newer, refuse_open
+from qsnapd.snapshot.deleting.finish import settle_images, without
+from qsnapd.snapshot.deleting.graph_reading import read_graph
+from qsnapd.snapshot.deleting.plan import Scene, affected, plan_deletion
 from qsnapd.store.layout import Store
 from qsnapd.store.made import MadeFile
 from qsnapd.store.registry import register

@@ -9,9 +9,9 @@ import pytest
 from qsnapd.errors import ImageInvalid, WrongState
 from qsnapd.image.files import identity
 from qsnapd.model.snapshot import DiskLayer
-from qsnapd.snapshot import disk_images
-from qsnapd.snapshot.disk_images import Layer, open_chain
-from qsnapd.snapshot.gathering import _require_fitting, _stems
+from qsnapd.snapshot.moving import disk_images
+from qsnapd.snapshot.moving.disk_images import Layer, open_chain
+from qsnapd.snapshot.moving.gathering import _require_fitting, _stems
 from tests.unit.test_store import manifest
 
 

@@ -23,10 +23,10 @@ from qsnapd.model.freeze import OwedThaw
 from qsnapd.model.job import JobKind, Phase
 from qsnapd.qmp.agent import GuestAgent
 from qsnapd.qmp.chardev import ChardevInfo
-from qsnapd.snapshot.filesystems import freeze_by_hand, list_filesystems, thaw_by_hand
-from qsnapd.snapshot.freeze import Quiesced, frozen, require_freezable
 from qsnapd.snapshot.job import Job
-from qsnapd.snapshot.thaw import thaw_owed
+from qsnapd.snapshot.taking.filesystems import freeze_by_hand, list_filesystems, thaw_by_hand
+from qsnapd.snapshot.taking.freeze import Quiesced, frozen, require_freezable
+from qsnapd.snapshot.taking.thaw import thaw_owed
 from qsnapd.store.layout import Store
 from qsnapd.store.owed_thaw import OWED_THAW_NAME, forget_owed_thaw, owe_thaw, read_owed_thaw
 from qsnapd.store.snapshots import VmStore
@@ -96,7 +96,8 @@ class Scene:
 async def scene(
     tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Scene]:
-    monkeypatch.setattr("qsnapd.snapshot.thaw.AGAIN_S", 6.0)  # each jump of the clock takes time
+    # each jump of the clock takes time
+    monkeypatch.setattr("qsnapd.snapshot.taking.thaw.AGAIN_S", 6.0)
     mock_clock.autojump_threshold = 0.2  # longer than a thread needs to write a file
     with Store(tmp_path / "store") as store:
         async with open_agent(tmp_path / "agent") as fake:

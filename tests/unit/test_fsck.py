@@ -14,8 +14,8 @@ from qsnapd.model.findings import Severity
 from qsnapd.model.plan import JournalEntry, Launch, OverlayPlan, RevertPlan
 from qsnapd.model.registration import LastSeen, Registration, SeenDisk
 from qsnapd.model.snapshot import FileIdentity
-from qsnapd.snapshot.fsck_facts import Around, look_around
-from qsnapd.snapshot.fsck_live import Handed
+from qsnapd.snapshot.checking.facts import Around, look_around
+from qsnapd.snapshot.checking.live import Handed
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import note_last_seen, register
 from tests.real.damage import marked_corrupt, over, resized

@@ -39,9 +39,9 @@ from qsnapd.model.transfer import (
     ImportRequest,
     TransferProgress,
 )
-from qsnapd.snapshot import imported
-from qsnapd.snapshot.imported import import_snapshot, remove_leftovers
-from qsnapd.snapshot.sources import Stream
+from qsnapd.snapshot.moving import imported
+from qsnapd.snapshot.moving.imported import import_snapshot, remove_leftovers
+from qsnapd.snapshot.moving.sources import Stream
 from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
 from tests.parts import qemu_versions
@@ -461,7 +461,7 @@ async def test_writer_that_goes_away_or_hangs(
     store: VmStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = pack(folder)
-    monkeypatch.setattr("qsnapd.snapshot.sources.STALL_LIMIT_S", 0.1)
+    monkeypatch.setattr("qsnapd.snapshot.moving.sources.STALL_LIMIT_S", 0.1)
     reader, writer = os.pipe()
     os.write(writer, archive[:5000])
     with pytest.raises(StoreError, match="nothing has come"):

@@ -8,7 +8,7 @@ from qsnapd.errors import ManifestInvalid, StoreError
 from qsnapd.model.plan import JournalEntry
 from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import FileIdentity
-from qsnapd.snapshot.plan import plan_checkpoint
+from qsnapd.snapshot.taking.plan import plan_checkpoint
 from qsnapd.store.journal import Journal
 from tests.unit.situations import situation
 

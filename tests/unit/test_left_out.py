@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from qsnapd.model.snapshot import DiskLayer, FileIdentity, Manifest
-from qsnapd.snapshot.differences import Difference
-from qsnapd.snapshot.left_out import compare_left_out, is_left_out_of
+from qsnapd.snapshot.restoring.differences import Difference
+from qsnapd.snapshot.restoring.left_out import compare_left_out, is_left_out_of
 from qsnapd.vm.disks import Disk
 from tests.unit.situations import disk
 from tests.unit.test_store import manifest as make

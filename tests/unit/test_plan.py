@@ -18,9 +18,9 @@ from qsnapd.model.snapshot import FileIdentity, ImageFormat, Strategy
 from qsnapd.model.state import Condition
 from qsnapd.qmp.block import BitmapInfo, JobInfo
 from qsnapd.qmp.migration import MigrationInfo
-from qsnapd.snapshot.plan import plan_checkpoint
-from qsnapd.snapshot.plan_disks import CHAIN_LIMIT
-from qsnapd.snapshot.saving_plan import UNLIMITED_BYTES_PER_S, plan_saving
+from qsnapd.snapshot.taking.plan import plan_checkpoint
+from qsnapd.snapshot.taking.plan_disks import CHAIN_LIMIT
+from qsnapd.snapshot.taking.saving_plan import UNLIMITED_BYTES_PER_S, plan_saving
 from tests.unit.situations import DIRECTORY, disk, situation
 
 MAPPED, STREAM = ImageFormat.MAPPED_RAM, ImageFormat.STREAM

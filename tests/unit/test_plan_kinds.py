@@ -14,7 +14,7 @@ from qsnapd.model.snapshot import Consistency, ImageFormat, Strategy
 from qsnapd.model.state import Condition
 from qsnapd.qmp.agent import GuestAgent
 from qsnapd.qmp.migration import MigrationInfo
-from qsnapd.snapshot.plan import plan_checkpoint
+from qsnapd.snapshot.taking.plan import plan_checkpoint
 from qsnapd.vm.provisions import Provisions
 from tests.unit.situations import disk, situation
 

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from qsnapd.errors import SnapshotDiffers
 from qsnapd.model.snapshot import Machine, Manifest, MemoryImage, Process, RamBlock, Strategy
 from qsnapd.qmp.commands import VersionInfo, VersionTriple
-from qsnapd.snapshot.differences import (
+from qsnapd.snapshot.restoring.differences import (
     Difference,
     compare_cpu,
     compare_qemu,
     compare_ram,
     ram_bytes_of,
 )
-from qsnapd.snapshot.preflight import check_host_memory, free_memory_bytes
-from qsnapd.snapshot.reach import needs_kvm
+from qsnapd.snapshot.restoring.preflight import check_host_memory, free_memory_bytes
+from qsnapd.snapshot.restoring.reach import needs_kvm
 from qsnapd.vm.argv import parse_options, words_of
 from qsnapd.vm.named_files import Use, named_files
 from qsnapd.vm.probe import Probe, shaping_options

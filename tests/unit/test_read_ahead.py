@@ -8,8 +8,8 @@ import trio
 import trio.testing
 
 from qsnapd.errors import StoreError
-from qsnapd.snapshot import read_ahead as module
-from qsnapd.snapshot.read_ahead import read_ahead
+from qsnapd.snapshot.restoring import read_ahead as module
+from qsnapd.snapshot.restoring.read_ahead import read_ahead
 
 MIB = 1 << 20
 LIMIT_S = 20.0

@@ -14,7 +14,7 @@ from qsnapd.errors import BadRequest, ImageInvalid, QsnapError, WrongState
 from qsnapd.image.files import identity
 from qsnapd.image.savevm import never_cancelled
 from qsnapd.model.snapshot import DiskLayer, FileIdentity, Manifest
-from qsnapd.snapshot.redefine import Present, redefine
+from qsnapd.snapshot.moving.redefine import Present, redefine
 from qsnapd.store.layout import Store
 from qsnapd.store.renaming import copy_snapshot, rename_snapshot
 from qsnapd.store.snapshots import VmStore

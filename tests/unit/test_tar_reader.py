@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qsnapd.errors import ImageInvalid
 from qsnapd.image.sparse import Content, SparseWriter, copy_sparse
 from qsnapd.image.tar_reader import Member, TarReader
-from qsnapd.snapshot.tar_writer import TAR_OPTIONS
+from qsnapd.snapshot.moving.tar_writer import TAR_OPTIONS
 
 PAGE = 4096
 BLOCK = 512

@@ -42,7 +42,7 @@ class Watched:
 async def watched(
     tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Watched]:
-    monkeypatch.setattr("qsnapd.snapshot.thaw.AGAIN_S", 6.0)
+    monkeypatch.setattr("qsnapd.snapshot.taking.thaw.AGAIN_S", 6.0)
     mock_clock.autojump_threshold = 0.2
     with Store(tmp_path / "store") as store:
         async with open_agent(tmp_path / "agent") as fake, trio.open_nursery() as nursery:

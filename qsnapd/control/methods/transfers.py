@@ -14,8 +14,8 @@ from qsnapd.model.base import Frozen
 from qsnapd.model.names import VmName
 from qsnapd.model.snapshot import Sha256
 from qsnapd.model.transfer import ExportRequest, FileSize, ImportRequest, TransferProgress
-from qsnapd.snapshot.beside import with_watcher
-from qsnapd.snapshot.meter import Tell
+from qsnapd.snapshot.moving.beside import with_watcher
+from qsnapd.snapshot.moving.meter import Tell
 
 TELL_EVERY_S = 0.25
 

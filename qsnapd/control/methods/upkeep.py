@@ -11,7 +11,7 @@ from qsnapd.model.findings import StoreCheck
 from qsnapd.model.names import SnapshotName, VmName
 from qsnapd.model.snapshot import AbsolutePath
 from qsnapd.model.transfer import ScanResult, TransferProgress
-from qsnapd.snapshot.meter import Tell
+from qsnapd.snapshot.moving.meter import Tell
 
 
 class CheckReply(Frozen):

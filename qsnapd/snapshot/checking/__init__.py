@@ -1,0 +1,1 @@
+"""snapshot-fsck: facts about records, files and QEMU, judged, and mended where that is safe."""

@@ -1,0 +1,1 @@
+"""Deleting snapshots: the graph of images, what is to be merged, online and offline."""

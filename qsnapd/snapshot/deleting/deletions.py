@@ -1,0 +1,120 @@
+"""What a request to delete means: one snapshot or several, one after the other."""
+
+import secrets
+from collections.abc import Callable
+
+import trio
+
+from qsnapd.errors import Effect, JobCancelled, QsnapError
+from qsnapd.model.request import DeleteRequest, Descendants
+from qsnapd.model.snapshot import Manifest
+from qsnapd.snapshot.deleting.checks import refuse_cloned, require_nothing_unfinished
+from qsnapd.snapshot.deleting.delete import Deletion, Others
+from qsnapd.snapshot.deleting.finish import adopt_children
+from qsnapd.snapshot.job import Job
+from qsnapd.snapshot.restoring.start import Seat
+from qsnapd.store.snapshots import VmStore
+from qsnapd.store.tree import descendants
+
+
+class Deletions:
+    """Fulfils one request."""
+
+    def __init__(
+        self,
+        seat: Seat,
+        job: Job,
+        others: Others,
+        *,
+        qemu_img: str,
+        tell: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._seat = seat
+        self._job = job
+        self._others = others
+        self._qemu_img = qemu_img
+        self._tell = tell
+        """Hears the name of each snapshot once it is gone."""
+        self.deleted: list[str] = []
+        """Those that are gone, in this order."""
+
+    async def run(self, request: DeleteRequest) -> Manifest:
+        """Delete what the request means; returns the manifest of the named one as it was.
+
+        On failure or cancellation: those before the one that failed are gone (effect
+          `partial`), for that one see `Deletion.run`.
+        Raises: what `Deletion.run` raises.
+        """
+        store = self._seat.store
+        manifest = store.manifest(request.name)
+        names = order(store, request)
+        await trio.to_thread.run_sync(require_nothing_unfinished, store)
+        for name in names:
+            await trio.to_thread.run_sync(self._refuse_used, store, name)
+        done_bytes = 0
+        for left, name in zip(range(len(names), 0, -1), names, strict=True):
+            try:
+                if request.metadata_only:
+                    await trio.to_thread.run_sync(self._forget, store, name)
+                else:
+                    deletion = Deletion(
+                        *(self._seat, self._job, self._others), qemu_img=self._qemu_img
+                    )
+                    deletion.before_bytes, deletion.to_come = done_bytes, left
+                    await deletion.run(name)
+                    done_bytes = self._job.progress.done_bytes
+            except BaseException as exc:
+                self._say_what_is_gone(exc, name, names)
+                raise
+            self.deleted.append(name)
+            self._tell(name)
+        return manifest
+
+    def _refuse_used(self, store: VmStore, name: str) -> None:
+        refuse_cloned(self._others(), store.vm, name)
+
+    def _forget(self, store: VmStore, name: str) -> None:
+        """Delete the record alone; its files stay, and it can be taken in again."""
+        store.leases.require_unread(name)
+        manifest = store.manifest(name)
+        is_current = store.current() == name
+        adopt_children(store, name, manifest.parent)
+        if is_current:
+            store.set_current(manifest.parent)
+        kept = store.forget(name, secrets.token_hex(4))
+        store.leases.forget(name)
+        self._job.notes += (f"what was in the folder of snapshot {name} is in {kept} now",)
+
+    def _say_what_is_gone(self, exc: BaseException, name: str, names: tuple[str, ...]) -> None:
+        if not self.deleted:
+            return
+        gone, left = ", ".join(self.deleted), ", ".join(names[len(self.deleted) :])
+        words = f"deleted so far: {gone}; still there: {left}"
+        if isinstance(exc, QsnapError) and not isinstance(exc, JobCancelled):
+            exc.args = (f"snapshot {name}: {exc}. {words}",)
+        if self._job.effect in (Effect.NONE, Effect.ROLLED_BACK):
+            self._job.effect = Effect.PARTIAL
+            self._job.outcome = words
+        if isinstance(exc, QsnapError):
+            exc.effect = self._job.effect
+
+
+def order(store: VmStore, request: DeleteRequest) -> tuple[str, ...]:
+    """The snapshots to delete, in the order that copies least.
+
+    Branches that the VM has left go from their ends; the way to where it is goes from its
+    root, so that each piece of data is moved once. Raises: StoreError.
+    """
+    manifests = store.snapshots()
+    if request.descendants is Descendants.NONE:
+        return (request.name,)
+    found = (request.name, *descendants(manifests, request.name))
+    chosen = set(found) - ({request.name} if request.descendants is Descendants.ONLY else set())
+    line: list[str] = []
+    name = store.current()
+    while name is not None and name in manifests and name not in line:
+        line.append(name)
+        name = manifests[name].parent
+    own = [name for name in reversed(line) if name in chosen]
+    others = [name for name in reversed(found) if name in chosen and name not in own]
+    return (*others, *own)

@@ -1,0 +1,1 @@
+"""Snapshots on their way in and out of the store: export, import, redefine, scan."""

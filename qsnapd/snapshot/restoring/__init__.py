@@ -1,0 +1,1 @@
+"""Putting VMs back to snapshots, and starting others from them: look, plan, start, load."""

@@ -1,0 +1,1 @@
+"""Taking snapshots: plan, prepare, capture (a module per strategy), finish, commit."""
