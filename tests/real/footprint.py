@@ -10,7 +10,7 @@ from typing import Any
 from tests.harness import Vm
 from tests.monitor import Monitor
 
-OF_THE_DAEMON = frozenset({".lock", ".state.json", ".state.new", ".current"})
+OF_THE_DAEMON = frozenset({".lock", ".state.json", ".state.json.new", ".current"})
 """Files of the store that come and go whatever jobs do."""
 
 
