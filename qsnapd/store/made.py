@@ -12,12 +12,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
-from pydantic import ValidationError
-
-from qsnapd.errors import ManifestInvalid, StoreError
-from qsnapd.image.files import replace_file
 from qsnapd.model.base import Frozen
 from qsnapd.model.snapshot import AbsolutePath, FileIdentity
+from qsnapd.store.record import Record
 
 MADE_NAME = ".made.json"
 
@@ -50,7 +47,7 @@ class Made:
     """Of one VM; from `VmStore.made`. Synchronous; may be used from several threads at once."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / MADE_NAME
+        self._record = Record(directory / MADE_NAME, MadeRecord)
         self._changing = Lock()
 
     def files(self) -> tuple[MadeFile, ...]:
@@ -114,24 +111,10 @@ class Made:
             self._write(record, former=tuple(f for f in known.values() if _stands(f.now)))
 
     def _read(self) -> MadeRecord:
-        try:
-            return MadeRecord.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            return MadeRecord()
-        except OSError as exc:
-            raise StoreError(f"cannot read {self._path}: {exc.strerror}") from exc
-        except ValidationError as exc:
-            raise ManifestInvalid(
-                f"{self._path} is not understood ({exc.errors()[0]['msg']}); it was written by "
-                "another version of qsnapd"
-            ) from exc
+        return self._record.read() or MadeRecord()
 
     def _write(self, record: MadeRecord, **changed: object) -> None:
-        record = record.model_copy(update=changed)
-        try:
-            replace_file(self._path, record.model_dump_json(indent=1))
-        except OSError as exc:
-            raise StoreError(f"cannot write {self._path}: {exc.strerror}") from exc
+        self._record.write(record.model_copy(update=changed))
 
 
 def by_path(path: str) -> FileIdentity:

@@ -3,13 +3,8 @@
 A record of its own, because a snapshot may be committed, or undone, before its guest is thawed.
 """
 
-from pathlib import Path
-
-from pydantic import ValidationError
-
-from qsnapd.errors import ManifestInvalid, StoreError
-from qsnapd.image.files import replace_file, sync_directory
 from qsnapd.model.freeze import OwedThaw
+from qsnapd.store.record import Record
 from qsnapd.store.snapshots import VmStore
 
 OWED_THAW_NAME = ".thaw-owed.json"
@@ -20,11 +15,7 @@ def owe_thaw(store: VmStore, owed: OwedThaw) -> None:
 
     Raises: StoreError: it is not noted.
     """
-    path = _path(store)
-    try:
-        replace_file(path, owed.model_dump_json(indent=1))
-    except OSError as exc:
-        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
+    _record(store).write(owed)
 
 
 def read_owed_thaw(store: VmStore) -> OwedThaw | None:
@@ -32,31 +23,18 @@ def read_owed_thaw(store: VmStore) -> OwedThaw | None:
 
     Raises: ManifestInvalid: another version of qsnapd wrote it. StoreError.
     """
-    path = _path(store)
-    try:
-        return OwedThaw.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise StoreError(f"cannot read {path}: {exc.strerror}") from exc
-    except ValidationError as exc:
-        raise ManifestInvalid(
-            f"{path} is not understood ({exc.errors()[0]['msg']}): the guest of VM {store.vm} may "
-            f"be frozen; qsnapctl domfsthaw {store.vm} thaws it, and removes that file"
-        ) from exc
+    return _record(store).read()
 
 
 def forget_owed_thaw(store: VmStore) -> None:
     """None is owed any more; durable on return. Blocks. Raises: StoreError."""
-    path = _path(store)
-    try:
-        path.unlink()
-        sync_directory(path.parent)
-    except FileNotFoundError:
-        pass
-    except OSError as exc:
-        raise StoreError(f"cannot remove {path}: {exc.strerror}") from exc
+    _record(store).clear()
 
 
-def _path(store: VmStore) -> Path:
-    return store.directory / OWED_THAW_NAME
+def _record(store: VmStore) -> Record[OwedThaw]:
+    return Record(
+        store.directory / OWED_THAW_NAME,
+        OwedThaw,
+        remedy=f": the guest of VM {store.vm} may be frozen; qsnapctl domfsthaw {store.vm} thaws "
+        "it, and removes that file",
+    )

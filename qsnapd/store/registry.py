@@ -8,21 +8,15 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import ValidationError
-
-from qsnapd.errors import ManifestInvalid, StoreError
-from qsnapd.image.files import remove_if_ours, replace_file
-from qsnapd.model.base import Frozen
+from qsnapd.image.files import remove_if_ours
 from qsnapd.model.registration import LastSeen, Registration
 from qsnapd.model.snapshot import FileIdentity
+from qsnapd.store.record import Record
 from qsnapd.store.snapshots import VmStore
 
 REGISTRATION_NAME = ".vm.json"
 LAST_SEEN_NAME = ".last-seen.json"
-
-ModelT = TypeVar("ModelT", bound=Frozen)
 
 
 def read_registration(store: VmStore) -> Registration | None:
@@ -30,7 +24,7 @@ def read_registration(store: VmStore) -> Registration | None:
 
     Raises: ManifestInvalid: another version of qsnapd wrote it. StoreError.
     """
-    return _read(store.directory / REGISTRATION_NAME, Registration)
+    return Record(store.directory / REGISTRATION_NAME, Registration).read()
 
 
 def register(store: VmStore, registration: Registration) -> None:
@@ -38,39 +32,19 @@ def register(store: VmStore, registration: Registration) -> None:
 
     On failure: it does not. Raises: StoreError.
     """
-    _write(store.directory / REGISTRATION_NAME, registration)
+    Record(store.directory / REGISTRATION_NAME, Registration).write(registration)
 
 
 def read_last_seen(store: VmStore) -> LastSeen | None:
     """How the clone last ran, as far as it was noted. Raises: as `read_registration`."""
-    return _read(store.directory / LAST_SEEN_NAME, LastSeen)
+    return Record(store.directory / LAST_SEEN_NAME, LastSeen).read()
 
 
 def note_last_seen(store: VmStore, seen: LastSeen) -> None:
     """Note how the clone runs now, in place of what was noted before. Raises: StoreError."""
-    if _read(store.directory / LAST_SEEN_NAME, LastSeen) != seen:
-        _write(store.directory / LAST_SEEN_NAME, seen)
-
-
-def _read(path: Path, model: type[ModelT]) -> ModelT | None:
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise StoreError(f"cannot read {path}: {exc.strerror}") from exc
-    except ValidationError as exc:
-        raise ManifestInvalid(
-            f"{path} is not understood ({exc.errors()[0]['msg']}); it was written by another "
-            "version of qsnapd"
-        ) from exc
-
-
-def _write(path: Path, content: Frozen) -> None:
-    try:
-        replace_file(path, content.model_dump_json(indent=1))
-    except OSError as exc:
-        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
+    record = Record(store.directory / LAST_SEEN_NAME, LastSeen)
+    if record.read() != seen:
+        record.write(seen)
 
 
 def remove_made(

@@ -14,21 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from qsnapd.errors import (
     Effect,
-    ManifestInvalid,
     QsnapError,
     SnapshotExists,
     StoreError,
     WrongState,
 )
-from qsnapd.image.files import replace_file, sync_directory
+from qsnapd.image.files import sync_directory
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName
 from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
 from qsnapd.store.manifests import MANIFEST_NAME
+from qsnapd.store.record import Record
 from qsnapd.store.snapshots import VmStore
 
 _log = logging.getLogger(__name__)
@@ -89,17 +87,17 @@ def finish_renaming(store: VmStore) -> str | None:
 
     Idempotent. Raises: StoreError: it cannot, and is to be called again.
     """
-    renaming = _read(store)
+    renaming = _record(store).read()
     if renaming is None:
         return None
     store.unstage(renaming.new)
     known = store.snapshots()
     if renaming.new not in known:
-        _clear(store)
+        _record(store).clear()
         return f"undid an unfinished second name of snapshot {renaming.old}: {renaming.new}"
     old = known.get(renaming.old)
     if renaming.keeps_old or (old is not None and not _are_same(old, known[renaming.new])):
-        _clear(store)
+        _record(store).clear()
         return None
     with _failing(f"rename snapshot {renaming.old}"):
         _move(store, renaming)
@@ -113,12 +111,11 @@ def _begin(store: VmStore, renaming: Renaming) -> Manifest:
         raise WrongState(f"snapshot {manifest.name} is being deleted: finish that first")
     if os.path.lexists(store.path(renaming.new)):
         raise SnapshotExists(f"VM {store.vm!r} already has a snapshot {renaming.new!r}")
-    with _failing("write the record of the new name"):
-        replace_file(store.directory / RENAMING_NAME, renaming.model_dump_json(indent=1))
+    _record(store).write(renaming)
     try:
         staging = store.stage(renaming.new)
     except BaseException:  # what is there is somebody else's: an import's
-        _clear(store)
+        _record(store).clear()
         raise
     try:
         with _failing(f"give the files of snapshot {renaming.old} a second name"):
@@ -130,7 +127,7 @@ def _begin(store: VmStore, renaming: Renaming) -> Manifest:
     except BaseException:
         if renaming.new not in store.snapshots():
             store.unstage(renaming.new)
-            _clear(store)
+            _record(store).clear()
         raise
     return renamed
 
@@ -174,31 +171,14 @@ def _move(store: VmStore, renaming: Renaming) -> None:
     _clear_later(store)
 
 
-def _read(store: VmStore) -> Renaming | None:
-    path = store.directory / RENAMING_NAME
-    try:
-        return Renaming.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise StoreError(f"cannot read {path}: {exc.strerror}") from exc
-    except ValidationError as exc:
-        raise ManifestInvalid(
-            f"{path} is not understood ({exc.errors()[0]['msg']}); it was written by another "
-            "version of qsnapd"
-        ) from exc
-
-
-def _clear(store: VmStore) -> None:
-    with _failing("remove the record of the new name"):
-        (store.directory / RENAMING_NAME).unlink(missing_ok=True)
-        sync_directory(store.directory)
+def _record(store: VmStore) -> Record[Renaming]:
+    return Record(store.directory / RENAMING_NAME, Renaming, kind="the record of the new name")
 
 
 def _clear_later(store: VmStore) -> None:
     """All is done: a record that stays is found to be of no consequence by the next who looks."""
     try:
-        _clear(store)
+        _record(store).clear()
     except StoreError as exc:
         _log.warning("VM %s: %s", store.vm, exc)
 

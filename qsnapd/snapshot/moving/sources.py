@@ -4,20 +4,20 @@ All of it blocks, in a thread of trio's, and stops when its caller is cancelled.
 """
 
 import errno
-import json
 import os
 import select
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import trio
 from pydantic import ValidationError
 
-from qsnapd.errors import ImageInvalid, ManifestInvalid, ManifestTooNew, StoreError, TargetRefused
+from qsnapd.errors import ImageInvalid, ManifestInvalid, StoreError, TargetRefused
 from qsnapd.image.sparse import Content, SparseWriter, Tick, copy_sparse
 from qsnapd.image.tar_reader import Member, TarReader
+from qsnapd.model.parsing import load_object, require_format
 from qsnapd.model.snapshot import MANIFEST_FORMAT
 from qsnapd.model.transfer import EXPORT_FORMAT, EXPORT_NAME, Export, ExportedFile
 
@@ -186,23 +186,11 @@ def require_readable(descriptor: int) -> None:
 
 def parse_export(text: bytes, where: str) -> Export:
     """Understand `export.json`. Raises: ManifestTooNew; ManifestInvalid: and which field."""
-    try:
-        parsed: Any = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise ManifestInvalid(f"{where} is damaged: it is not valid JSON") from exc
-    snapshot = parsed.get("snapshot") if isinstance(parsed, dict) else None
-    formats = (
-        (parsed.get("export"), EXPORT_FORMAT) if isinstance(parsed, dict) else (None, 0),
-        (snapshot.get("format"), MANIFEST_FORMAT) if isinstance(snapshot, dict) else (None, 0),
-    )
-    for number, known in formats:
-        if type(number) is not int or number < 1:
-            raise ManifestInvalid(f"{where} is damaged: it does not tell its format")
-        if number > known:
-            raise ManifestTooNew(
-                f"{where} has format {number}, this qsnapd reads up to {known}: a newer version "
-                "wrote it"
-            )
+    parsed = load_object(text, where)
+    require_format(parsed, "export", EXPORT_FORMAT, where)
+    snapshot = parsed.get("snapshot")
+    known = snapshot if isinstance(snapshot, dict) else {}
+    require_format(known, "format", MANIFEST_FORMAT, where)
     try:
         return Export.model_validate_json(text)
     except ValidationError as exc:
