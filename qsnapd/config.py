@@ -36,6 +36,8 @@ class DaemonConfig(Frozen):
     """What `qsnapd exec` reads; lies beside `state_dir` unless it says more. It is apart from
     that because the users that QEMUs run as have to get there."""
     qemu_img: str = Field(default="qemu-img", min_length=1)
+    stall_limit_s: PositiveFloat = 60.0
+    """How long a job may come no further until it is given up, and undone."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     operator_group: str | None = None
     """Members may suspend, resume, checkpoint and revert, but not choose file names."""

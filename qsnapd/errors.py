@@ -30,8 +30,10 @@ QsnapError
 │   │   └── NothingToRescue      none of its memory is held
 │   └── GuestLeftPaused      we paused the guest and could not resume it
 ├── JobCancelled             the operation was cancelled, and undone
+├── JobStalled               it came no further, and was undone
 ├── StoreError               qsnapd's own files
 │   ├── ManifestInvalid  ManifestTooNew  ImageInvalid
+│   ├── DiskStalled          a file system does not answer
 │   └── StoreFull
 └── ControlError             the control socket: nobody answers, or nonsense
 ```
@@ -40,7 +42,10 @@ Anything else that is raised is a bug: it is not caught, and the daemon restarts
 """
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import trio
 
 
 class Effect(StrEnum):
@@ -272,6 +277,12 @@ class JobCancelled(QsnapError):
     code = "job-cancelled"
 
 
+class JobStalled(QsnapError):
+    """The job came no further for so long that it was given up."""
+
+    code = "job-stalled"
+
+
 class StoreError(QsnapError):
     """qsnapd's own files cannot be read or written."""
 
@@ -288,6 +299,21 @@ class ManifestTooNew(StoreError):
 
 class ImageInvalid(StoreError):
     code = "image-invalid"
+
+
+class DiskStalled(StoreError):
+    """A file system does not answer: what was asked of it may yet be done."""
+
+    code = "disk-stalled"
+
+    def __init__(self, limit_s: float, over: "trio.Event") -> None:
+        """*over* is set when it was done after all, or has failed."""
+        super().__init__(
+            f"a file system has not answered for {limit_s:g} s: qsnapd's own, or that of a disk or "
+            "of a memory image. What was being done is finished or undone when it does",
+            effect=Effect.UNKNOWN,
+        )
+        self.over = over
 
 
 class StoreFull(StoreError):

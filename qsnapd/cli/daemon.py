@@ -56,6 +56,19 @@ def reconcile(config_file: Path, resume_only: bool) -> None:
         raise click.exceptions.Exit(1)  # the log says which guests could not be resumed
 
 
+@cli.command("faults")
+def list_faults() -> None:
+    """List the points at which a fault can be planted, to see what it leaves.
+
+    QSNAPD_FAULT=NUMBER:error, :hang or :kill, in the environment of `qsnapd serve`, makes a job
+    fail there, never come further, or the daemon die. Several go behind commas.
+    """
+    from qsnapd.faults import Point
+
+    for point in Point:
+        click.echo(f"{point.number:4}  {point.name.lower().replace('_', '-'):26}  {point.words}")
+
+
 @cli.command("exec")
 @_CONFIG
 @click.argument("vm")

@@ -11,7 +11,6 @@ from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.errors import QsnapError, SnapshotExists, WrongState
-from qsnapd.image.slow import SLOW
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.parsing import parse_manifest
@@ -19,6 +18,7 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.moving.redefine import Present, redefine
 from qsnapd.store.renaming import copy_snapshot, finish_renaming, rename_snapshot
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import SLOW
 from qsnapd.vm.disks import read_disks
 
 MEND_LIMIT_S = 60.0

@@ -19,6 +19,7 @@ from qsnapd.errors import QsnapError, StoreError, TargetRefused, UnknownVm, VmEx
 from qsnapd.model.event import Event
 from qsnapd.model.plan import ClonePlan
 from qsnapd.model.registration import Registration
+from qsnapd.patience import STALL_LIMIT_S
 from qsnapd.snapshot.restoring.clone import undo_clone
 from qsnapd.snapshot.restoring.revert_plan import require_no_qemu
 from qsnapd.store.layout import Store
@@ -56,12 +57,14 @@ class Fleet(Mapping[str, Supervisor]):
         *,
         qemu_img: str,
         clone_launcher: LauncherOf,
+        stall_limit_s: float = STALL_LIMIT_S,
     ) -> None:
         self._store = store
         self._publish = publish
         self._watching = watching
         self._qemu_img = qemu_img
         self._clone_launcher = clone_launcher
+        self._stall_limit_s = stall_limit_s
         self._watched: dict[str, _Watched] = {}
         self._configured: set[str] = set()
         self._reserved: set[str] = set()
@@ -109,6 +112,7 @@ class Fleet(Mapping[str, Supervisor]):
             instead=instead,
             provisions=provisions,
             others=partial(self.other_stores, name),
+            stall_limit_s=self._stall_limit_s,
         )
         watched = _Watched(supervisor)
         self._watched[name] = watched

@@ -148,7 +148,7 @@ class LocalHost:
     async def create(self, name: str, request: CreateRequest) -> Job:
         supervisor = self._fleet.find(name)
         vm = supervisor.require_attached()
-        job = self._new_job(name, JobKind.CREATE, request.name)
+        job = self._new_job(supervisor, JobKind.CREATE, request.name)
         supervisor.claim(job)
         checkpoint = Checkpoint(
             *(vm, supervisor.store, job),
@@ -170,7 +170,7 @@ class LocalHost:
     async def revert(self, name: str, request: RevertRequest) -> Job:
         supervisor = self._fleet.find(name)
         supervisor.store.manifest(request.name)  # refuses an unknown one at once
-        job = self._new_job(name, JobKind.REVERT, request.name)
+        job = self._new_job(supervisor, JobKind.REVERT, request.name)
         supervisor.claim(job)
         revert = Revert(supervisor, job, qemu_img=self._qemu_img)
         self._start(supervisor, job, lambda: revert.run(request))
@@ -179,7 +179,7 @@ class LocalHost:
     async def delete(self, name: str, request: DeleteRequest) -> Job:
         supervisor = self._fleet.find(name)
         supervisor.store.manifest(request.name)  # refuses an unknown one at once
-        job = self._new_job(supervisor.name, JobKind.DELETE, request.name)
+        job = self._new_job(supervisor, JobKind.DELETE, request.name)
         supervisor.claim(job)
         deletions = Deletions(
             *(supervisor, job, supervisor.others),
@@ -215,7 +215,7 @@ class LocalHost:
             self._fleet.require_own_monitor(request.clone, Path(plan.qmp))
             supervisor = self._fleet.add_clone(name, request.clone, Path(plan.qmp))
             needed = reading.pop_all()
-        job = self._new_job(request.clone, JobKind.CLONE, request.name)
+        job = self._new_job(supervisor, JobKind.CLONE, request.name)
         differences = map(str, found.differences)
         job.notes = (*plan.notes, *differences, *found.notes, *eager_note(plan))
         supervisor.claim(job)
@@ -242,7 +242,7 @@ class LocalHost:
         supervisor = self._fleet.find(name)
         clone = await trio.to_thread.run_sync(self._fleet.registration, name)
         planned = await trio.to_thread.run_sync(supervisor.store.next_start.read)
-        job = self._new_job(name, JobKind.START, supervisor.store.current())
+        job = self._new_job(supervisor, JobKind.START, supervisor.store.current())
         if clone is None or planned is not None:
             supervisor.claim(job)
             self._start(supervisor, job, lambda: boot(supervisor, job))
@@ -303,8 +303,11 @@ class LocalHost:
                 manifest, deep=deep, directory=store.directory, qemu_img=self._qemu_img
             )
 
-    def _new_job(self, vm: str, kind: JobKind, snapshot: str | None) -> Job:
-        return Job(next(self._numbers), vm, kind, snapshot, self._publish_job)
+    def _new_job(self, supervisor: Supervisor, kind: JobKind, snapshot: str | None) -> Job:
+        return Job(
+            *(next(self._numbers), supervisor.name, kind, snapshot, self._publish_job),
+            stall_limit_s=supervisor.stall_limit_s,
+        )
 
     def _start(
         self, supervisor: Supervisor, job: Job, work: Callable[[], Awaitable[Manifest]]
@@ -323,7 +326,7 @@ class LocalHost:
             try:
                 await job.run(mend_and_work)
                 if job.effect is Effect.UNKNOWN:  # undoing it has failed
-                    await supervisor.mender.mend_after_job()
+                    await supervisor.mender.mend_after_job(job)
             finally:
                 supervisor.let_go()
 

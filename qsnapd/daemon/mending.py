@@ -1,18 +1,19 @@
 """Ending what a former daemon, or a job that could not undo itself, has left unfinished."""
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol
 
 import trio
 
-from qsnapd.errors import Effect, QsnapError
+from qsnapd.errors import DiskStalled, Effect, JobStalled, QsnapError
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.plan import JournalEntry, RevertPlan
+from qsnapd.patience import STALL_LIMIT_S, Patience
 from qsnapd.snapshot.deleting.delete import Deletion, Others
 from qsnapd.snapshot.deleting.former_names import note_disks
 from qsnapd.snapshot.deleting.recovery import recover_deletion
@@ -25,6 +26,7 @@ from qsnapd.snapshot.recovery import (
 )
 from qsnapd.snapshot.restoring.start import Seat
 from qsnapd.snapshot.restoring.switch import Left, Switch
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.proc import find_launched
 from qsnapd.vm.process import still_runs
@@ -55,11 +57,19 @@ class Mender:
     """Works through the journals of one VM."""
 
     def __init__(
-        self, vm: Mended, publish: Callable[[Event], None], *, qemu_img: str
+        self,
+        vm: Mended,
+        publish: Callable[[Event], None],
+        *,
+        qemu_img: str,
+        stall_limit_s: float = STALL_LIMIT_S,
     ) -> None:
         self._vm = vm
         self._publish = publish
         self._qemu_img = qemu_img
+        self._stall_limit_s = stall_limit_s
+        self._stalled: DiskStalled | None = None
+        """The file system that the last attempt has waited for in vain."""
         self._mending = trio.Lock()
         self._reverts, self._to_go_on = trio.open_memory_channel[JournalEntry](1)
         self._deletions, self._to_delete = trio.open_memory_channel[str](1)
@@ -72,20 +82,43 @@ class Mender:
         """Finish or undo what was left unfinished, if anything was, with QEMU attached.
 
         Returns the name of the snapshot whose deletion was broken off, if one was.
+        Raises: JobStalled: it comes no further. What `recover` raises.
         """
-        async with self._mending:
-            done = await recover(
-                *(vm, self._vm.store),
-                qemu_img=self._qemu_img,
-                launcher=self._vm.launcher,
-                agent=self._vm.provisions.agent,
-            )
+        async with self._attempting():
+            patience = Patience(self._stall_limit_s)
+            with trio.CancelScope() as scope, patience.extending(scope):
+                done = await recover(
+                    *(vm, self._vm.store),
+                    qemu_img=self._qemu_img,
+                    launcher=self._vm.launcher,
+                    patience=patience,
+                    agent=self._vm.provisions.agent,
+                )
+            if scope.cancelled_caught:
+                raise JobStalled(
+                    f"what was left unfinished on VM {self._vm.name} comes no further: it is tried "
+                    "again",
+                    effect=Effect.UNKNOWN,
+                )
             deleted, again = await recover_deletion(self._vm, vm, qemu_img=self._qemu_img)
         if deleted:
             await self._vm.launcher.follow(vm)
         for words in filter(None, (done, deleted)):
             self._tell(words)
         return again
+
+    @asynccontextmanager
+    async def _attempting(self) -> AsyncIterator[None]:
+        """Keep others from mending, and leave a file system alone that does not answer yet."""
+        async with self._mending:
+            if self._stalled is not None and not self._stalled.over.is_set():
+                raise self._stalled
+            self._stalled = None
+            try:
+                yield
+            except DiskStalled as exc:
+                self._stalled = exc
+                raise
 
     async def rescue(self) -> None:
         """Free the guest that a former daemon's save has left frozen; past the monitor.
@@ -105,8 +138,9 @@ class Mender:
         else:
             await self._mend_offline()
 
-    async def mend_after_job(self) -> None:
+    async def mend_after_job(self, job: Job) -> None:
         """Go on undoing a job whose undoing failed, until it is done or QEMU is lost."""
+        self._stalled = job.stalled
         delay_s = MEND_FIRST_S
         while (vm := self._vm.attached) is not None:
             try:
@@ -116,14 +150,16 @@ class Mender:
                 self._vm.problem = None
             except QsnapError as exc:
                 self._vm.note_problem(exc)
-                await trio.sleep(delay_s)
+                again = self._stalled.over if self._stalled is not None else trio.Event()
+                with trio.move_on_after(delay_s):
+                    await again.wait()
                 delay_s = min(2 * delay_s, MEND_LONGEST_S)
 
     async def _journal_stands(self) -> bool:
         store = self._vm.store
         return any(
             [
-                await trio.to_thread.run_sync(j.read)
+                await in_thread(j.read)
                 for j in (store.journal, store.restoring, store.deletion)
             ]
         )
@@ -138,12 +174,12 @@ class Mender:
 
     async def _mend_offline(self) -> str | None:
         store = self._vm.store
-        async with self._mending:
+        async with self._attempting():
             for journal in (store.journal, store.restoring):
-                entry = await trio.to_thread.run_sync(journal.read)
+                entry = await in_thread(journal.read)
                 if entry is not None and still_runs(entry.pid, entry.start_time_ticks):
                     return None
-            deletion = await trio.to_thread.run_sync(store.deletion.read)
+            deletion = await in_thread(store.deletion.read)
             if deletion is not None and still_runs(deletion.pid, deletion.start_time_ticks):
                 return None
             deleted, again = await recover_deletion(self._vm, None, qemu_img=self._qemu_img)
@@ -180,7 +216,7 @@ class Mender:
                     await self._vm.launcher.follow(self._vm.attached)
                     await note_disks(self._vm.attached, self._vm.store)
                 if job.effect is Effect.UNKNOWN:  # the guest may be held back
-                    await self.mend_after_job()
+                    await self.mend_after_job(job)
             finally:
                 self._vm.let_go()
             if job.error is None:
@@ -193,7 +229,7 @@ class Mender:
         plan = entry.plan
         fallback = plan.fallback if isinstance(plan, RevertPlan) else None
         tokens = [plan.token, *([fallback.token] if fallback else [])]
-        found = [await trio.to_thread.run_sync(find_launched, token) for token in tokens]
+        found = [await in_thread(find_launched, token) for token in tokens]
         return any(pid is not None for pid in found)
 
     async def go_on_reverting(self) -> None:

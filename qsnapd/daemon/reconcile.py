@@ -8,16 +8,18 @@ from pathlib import Path
 
 import trio
 
+from qsnapd import faults
 from qsnapd.config import Config
 from qsnapd.daemon.remembered import recall
 from qsnapd.errors import QsnapError
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, RevertPlan
+from qsnapd.patience import Patience
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.snapshot.deleting.recovery import release_guest
 from qsnapd.snapshot.recovery import rescue_left, resume_reverted
 from qsnapd.snapshot.restoring.revert import is_same
-from qsnapd.snapshot.taking.create import is_committed
+from qsnapd.snapshot.taking.committing import is_committed
 from qsnapd.snapshot.taking.thaw import thaw_owed
 from qsnapd.snapshot.undo import give_back_run_state, settle_migration
 from qsnapd.store.layout import Store
@@ -39,6 +41,7 @@ async def reconcile(config: Config) -> int:
     Raises: StoreError: a daemon is running, or the state directory cannot be used.
     """
     failures = 0
+    faults.plant_from_environment()
     with Store(config.daemon.state_dir) as store:
         for name in await trio.to_thread.run_sync(store.names):
             try:
@@ -99,7 +102,7 @@ async def _resume_guest(
         plan = checkpoint.plan
         assert isinstance(plan, CheckpointPlan)
         if not is_committed(plan, store):
-            await settle_migration(vm, plan)
+            await settle_migration(vm, plan, Patience())
         await give_back_run_state(vm, plan)
     if revert is not None and isinstance(revert.plan, RevertPlan):
         await resume_reverted(vm, revert, store)

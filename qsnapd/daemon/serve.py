@@ -13,6 +13,7 @@ from functools import partial
 
 import trio
 
+from qsnapd import faults
 from qsnapd.config import Config, VmConfig
 from qsnapd.control.authorization import Access
 from qsnapd.control.listening import open_listener
@@ -42,6 +43,7 @@ async def serve(config: Config) -> None:
     Raises: StoreError: the state directory cannot be used. ControlError: the socket cannot.
     """
     settings = config.daemon
+    faults.plant_from_environment()
     access = Access.of_groups(operator=settings.operator_group, reader=settings.reader_group)
     events = EventHub()
     with Store(settings.state_dir) as store:
@@ -50,6 +52,7 @@ async def serve(config: Config) -> None:
                 *(store, events.publish, watching),
                 qemu_img=settings.qemu_img,
                 clone_launcher=partial(_clone_launcher, config),
+                stall_limit_s=settings.stall_limit_s,
             )
             for name, vm in config.vm.items():
                 fleet.add(

@@ -20,6 +20,7 @@ from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, Vm
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition, State
+from qsnapd.patience import STALL_LIMIT_S
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.snapshot.deleting.delete import Others
@@ -67,6 +68,7 @@ class Supervisor:
         instead: Mapping[str, str] = NOTHING,
         provisions: Provisions = NO_PROVISIONS,
         others: Others = tuple,
+        stall_limit_s: float = STALL_LIMIT_S,
     ) -> None:
         self.name = name
         self.qmp = qmp
@@ -83,7 +85,8 @@ class Supervisor:
         self.last_job: Job | None = None
         self.starting: Condition | None = None
         """What the next QEMU that attaches stands still for, if a job is starting it."""
-        self.mender = Mender(self, publish, qemu_img=qemu_img)
+        self.stall_limit_s = stall_limit_s
+        self.mender = Mender(self, publish, qemu_img=qemu_img, stall_limit_s=stall_limit_s)
         self.thawer = Thawer(self, publish)
         self._publish = publish
         self.made_at_s = time.time() - FILE_CLOCK_LAG_S

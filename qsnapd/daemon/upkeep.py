@@ -14,7 +14,6 @@ from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.errors import QsnapError, SnapshotExists, VmError
-from qsnapd.image.slow import SLOW
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.findings import StoreCheck
 from qsnapd.model.job import JobKind
@@ -31,6 +30,7 @@ from qsnapd.snapshot.moving.meter import Meter, Tell
 from qsnapd.snapshot.moving.redefine import require_unwritten
 from qsnapd.snapshot.moving.scan import Found, current_in, look_through, open_memory
 from qsnapd.snapshot.moving.take_in import bring_children_back, forget_lost_parents, take_in
+from qsnapd.threads import SLOW
 
 
 class Upkeep:

@@ -4,9 +4,10 @@ Everything here blocks and belongs in a worker thread. A file of somebody else i
 truncated, replaced nor removed.
 """
 
+import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qsnapd.errors import Effect, StoreError, StoreFull, TargetRefused
@@ -14,6 +15,13 @@ from qsnapd.model.snapshot import FileIdentity
 
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own block size
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+_PART_BYTES = 64 << 20
+_WRITE_AND_WAIT = 0b111
+"""All modes of sync_file_range(2): wait for what is being written, write the rest, wait for it."""
+_NO_PARTS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 _CAUSES = {
     errno.EEXIST: "it exists already, and an existing file is never overwritten",
@@ -89,6 +97,20 @@ def sync_file(fd: int) -> None:
         os.fsync(fd)
     except OSError as exc:
         raise StoreError(f"cannot write a file to stable storage: {exc.strerror}") from exc
+
+
+def sync_in_parts(fd: int, check: Callable[[], object]) -> None:
+    """The same for a large file, *check* being called for every part of it. Raises: StoreError."""
+    for start in range(0, os.fstat(fd).st_size, _PART_BYTES):
+        check()
+        if _libc.sync_file_range(fd, start, _PART_BYTES, _WRITE_AND_WAIT) != 0:
+            number = ctypes.get_errno()
+            if number in _NO_PARTS:
+                break
+            # The kernel tells of it once: the fsync to come would know of nothing.
+            raise StoreError(f"cannot write a file to stable storage: {os.strerror(number)}")
+    check()
+    sync_file(fd)
 
 
 def sync_directory(directory: Path) -> None:

@@ -6,9 +6,19 @@ from datetime import UTC, datetime
 
 import trio
 
-from qsnapd.errors import Effect, JobCancelled, QsnapError, StoreError, WrongState
+from qsnapd.errors import (
+    DiskStalled,
+    Effect,
+    JobCancelled,
+    JobStalled,
+    QsnapError,
+    StoreError,
+    WrongState,
+)
+from qsnapd.faults import Point
 from qsnapd.model.job import JobInfo, JobKind, Phase, Progress
 from qsnapd.model.snapshot import Manifest
+from qsnapd.patience import STALL_LIMIT_S, Patience
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +31,8 @@ _OUTCOMES = {
 
 
 _INSTRUCTING = (Phase.STARTING, Phase.HOLDING)
+_WITH_DEADLINES = (Phase.FREEZING, Phase.HOLDING, Phase.STARTING, Phase.MERGING)
+"""What is waited for there keeps deadlines of its own."""
 
 
 class Job:
@@ -33,6 +45,8 @@ class Job:
         kind: JobKind,
         snapshot: str | None,
         publish: Callable[["Job"], None],
+        *,
+        stall_limit_s: float = STALL_LIMIT_S,
     ) -> None:
         self.number = number
         self.vm = vm
@@ -40,7 +54,11 @@ class Job:
         self.snapshot = snapshot
         self.phase = Phase.PREPARING
         self.progress = Progress()
+        self.patience = Patience(stall_limit_s)
+        """Ends the job, and each part of it that is not cancelled, when it comes no further."""
         self.error: QsnapError | None = None
+        self.stalled: DiskStalled | None = None
+        """A file system did not answer: what was asked of it has to end before it is undone."""
         self.effect = Effect.NONE
         """What is true if the job ends now; kept by the work."""
         self.outcome: str | None = None
@@ -55,7 +73,8 @@ class Job:
         self._started_at = datetime.now(UTC)
         self._started_s = trio.current_time()
         self._ended_s: float | None = None
-        self._scope = trio.CancelScope()
+        self._scope: trio.CancelScope | None = None
+        self._last_at_work = self.phase
         self._ended = trio.Event()
         self._result: Manifest | None = None
         self._cancelled_by_user = False
@@ -104,11 +123,19 @@ class Job:
 
     def enter(self, phase: Phase) -> None:
         self.phase = phase
+        if phase is not Phase.UNDOING:
+            self._last_at_work = phase
+        self.patience.suspend(suspended=phase in _WITH_DEADLINES)
         self._tell()
+
+    async def reach(self, point: Point) -> None:
+        """Come as far as *point*. Raises: PlantedFault."""
+        await self.patience.reach(point)
 
     def report(self, progress: Progress) -> None:
         if progress != self.progress:
             self.progress = progress
+            self.patience.tick()
             self._tell()
 
     def cancel(self) -> None:
@@ -119,7 +146,8 @@ class Job:
         if self.phase.ended or self.phase is Phase.UNDOING:
             raise WrongState(f"the job on VM {self.vm} is already {self.phase}")
         self._cancelled_by_user = True
-        self._scope.cancel()
+        if self._scope is not None:
+            self._scope.cancel()
 
     async def wait_told(self) -> None:
         """Wait until somebody says that what the job waits for is done (`tell`)."""
@@ -139,16 +167,17 @@ class Job:
     async def run(self, work: Callable[[], Awaitable[Manifest]]) -> None:
         """Do *work* to its end; a foreseeable failure is kept for those who wait.
 
-        Cancellation: *work* undoes itself and the job counts as cancelled.
+        Cancellation: *work* undoes itself and the job counts as cancelled. The same is done to
+        a job that comes no further for too long; that is a failure.
         """
         try:
-            with self._scope:
+            with trio.CancelScope() as scope, self.patience.extending(scope):
+                self._scope = scope
+                if self._cancelled_by_user:
+                    scope.cancel()
                 self._result = await work()
             if self._result is None:
-                outcome = self.outcome or _OUTCOMES[self.effect]
-                self.error = JobCancelled(
-                    f"the job on VM {self.vm} was cancelled; {outcome}", effect=self.effect
-                )
+                self.error = self._given_up()
         except QsnapError as exc:
             self.error = exc
         except OSError as exc:
@@ -166,6 +195,18 @@ class Job:
             self._ended_s = trio.current_time()
             self._ended.set()
             self._tell()
+
+    def _given_up(self) -> QsnapError:
+        outcome = self.outcome or _OUTCOMES[self.effect]
+        if self._cancelled_by_user:
+            return JobCancelled(
+                f"the job on VM {self.vm} was cancelled; {outcome}", effect=self.effect
+            )
+        return JobStalled(
+            f"the job on VM {self.vm} came no further for {self.patience.limit_s:g} s in phase "
+            f"{self._last_at_work}, and was given up; {outcome}",
+            effect=self.effect,
+        )
 
     async def wait(self) -> Manifest:
         """Wait for the end, and return the snapshot or raise why there is none.

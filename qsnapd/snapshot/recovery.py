@@ -6,10 +6,10 @@ have two: it was being put back to a snapshot, and its present state being kept 
 
 import logging
 
-import trio
-
 from qsnapd.errors import Effect, QsnapError, SessionLost, StoreError
+from qsnapd.faults import Point, reach
 from qsnapd.model.plan import CheckpointPlan, ClonePlan, JournalEntry, Restore, RevertPlan
+from qsnapd.patience import Patience
 from qsnapd.qmp.agent import GuestAgent
 from qsnapd.snapshot.merge import merge_offline
 from qsnapd.snapshot.restoring.clone import finish_clone, settle_clone
@@ -21,13 +21,14 @@ from qsnapd.snapshot.restoring.switch import (
     finish_revert,
     settle_revert,
 )
-from qsnapd.snapshot.taking.create import is_committed, settle_committed
+from qsnapd.snapshot.taking.committing import is_committed, settle_committed
 from qsnapd.snapshot.taking.halt import end_vm
 from qsnapd.snapshot.taking.rescuing import free_guest
 from qsnapd.snapshot.taking.thaw import may_be_frozen, thaw_owed
 from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
 from qsnapd.store.owed_thaw import forget_owed_thaw, read_owed_thaw
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.identity import identify
 from qsnapd.vm.launcher import Launcher
@@ -46,6 +47,7 @@ async def recover(
     *,
     qemu_img: str,
     launcher: Launcher,
+    patience: Patience,
     agent: GuestAgent | None = None,
 ) -> str | None:
     """Finish or undo what the journals tell of, on a VM just attached; returns it in words.
@@ -55,7 +57,7 @@ async def recover(
       the QEMU had not loaded its memory, and was ended: `Switch.go_on` starts another.
     """
     done = (
-        await _recover_checkpoint(vm, store, qemu_img, launcher, agent),
+        await _recover_checkpoint(vm, store, qemu_img, launcher, agent, patience),
         await _recover_revert(vm, store),
         await _recover_clone(vm, store),
     )
@@ -72,13 +74,13 @@ async def rescue_left(store: VmStore) -> str | None:
     Returns what was done, in words; None if there was nothing to do. Idempotent.
     Raises: GuestLeftPaused: it could not be freed. VmError, StoreError.
     """
-    entry = await trio.to_thread.run_sync(store.journal.read)
+    entry = await in_thread(store.journal.read)
     if entry is None or not isinstance(plan := entry.plan, CheckpointPlan):
         return None
     if not plan.drained or is_committed(plan, store):
         return None
     try:
-        identity = await trio.to_thread.run_sync(identify, entry.pid)
+        identity = await in_thread(identify, entry.pid)
         if identity.start_time_ticks != entry.start_time_ticks:
             return None
         return await free_guest(plan.vm, identity)
@@ -98,7 +100,7 @@ async def recover_without_qemu(store: VmStore, *, qemu_img: str) -> str | None:
         await _recover_dead_revert(store),
         await _recover_clone(None, store),
     )
-    await trio.to_thread.run_sync(_forget_thaw_of_the_dead, store)
+    await in_thread(_forget_thaw_of_the_dead, store)
     return "; ".join(words for words in done if words) or None
 
 
@@ -113,7 +115,7 @@ def _forget_thaw_of_the_dead(store: VmStore) -> None:
 
 async def unfinished_revert(store: VmStore) -> JournalEntry | None:
     """The revert whose VM has ended and has not been started again, if there is one."""
-    entry = await trio.to_thread.run_sync(store.restoring.read)
+    entry = await in_thread(store.restoring.read)
     return entry if entry is not None and is_to_go_on(entry) else None
 
 
@@ -124,9 +126,14 @@ def is_to_go_on(entry: JournalEntry) -> bool:
 
 
 async def _recover_checkpoint(
-    vm: AttachedVm, store: VmStore, qemu_img: str, launcher: Launcher, agent: GuestAgent | None
+    vm: AttachedVm,
+    store: VmStore,
+    qemu_img: str,
+    launcher: Launcher,
+    agent: GuestAgent | None,
+    patience: Patience,
 ) -> str | None:
-    entry = await trio.to_thread.run_sync(store.journal.read)
+    entry = await in_thread(store.journal.read)
     if entry is None:
         return None
     if not is_same(vm, entry):
@@ -141,9 +148,9 @@ async def _recover_checkpoint(
             await end_vm(vm, launcher)
         else:
             await give_back_run_state(vm, plan)
-        await settle_committed(vm, plan, store, is_ended=is_ended)
+        await settle_committed(vm, plan, store, patience, is_ended=is_ended)
         return f"finished the snapshot {plan.name}, which a former daemon had committed"
-    done = await put_back(vm, entry)
+    done = await put_back(vm, entry, patience)
     await _forget(plan, store)
     words = f"undid the unfinished snapshot {plan.name} of a former daemon"
     return f"{words}. {done}" if done else words
@@ -161,18 +168,20 @@ async def _thaw(
 
 
 async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
-    entry = await trio.to_thread.run_sync(store.journal.read)
+    entry = await in_thread(store.journal.read)
     if entry is None:
         return None
     plan = entry.plan
     assert isinstance(plan, CheckpointPlan)
     if is_committed(plan, store):
         if plan.keeps_metadata:
-            await trio.to_thread.run_sync(store.set_current, plan.name)
-        await trio.to_thread.run_sync(store.journal.clear)
+            await in_thread(store.set_current, plan.name)
+        await in_thread(store.journal.clear)
         return f"finished the snapshot {plan.name}, whose QEMU has ended"
     await _merge_overlays(plan, entry, qemu_img=qemu_img)
-    await trio.to_thread.run_sync(remove_files, entry)
+    await reach(Point.OFFLINE_MERGED)
+    await in_thread(remove_files, entry)
+    await reach(Point.OFFLINE_FILES_REMOVED)
     await _forget(plan, store)
     return f"undid the unfinished snapshot {plan.name}, whose QEMU has ended"
 
@@ -192,14 +201,16 @@ async def _merge_overlays(plan: CheckpointPlan, entry: JournalEntry, *, qemu_img
 
 
 async def _forget(plan: CheckpointPlan, store: VmStore) -> None:
-    await trio.to_thread.run_sync(store.made.forget_gone)
-    await trio.to_thread.run_sync(store.unstage, plan.name)
-    await trio.to_thread.run_sync(store.journal.clear)
+    await in_thread(store.made.forget_gone)
+    await in_thread(store.unstage, plan.name)
+    await reach(Point.UNDO_UNSTAGED)
+    await in_thread(store.journal.clear)
+    await reach(Point.UNDONE)
 
 
 async def _recover_revert(vm: AttachedVm, store: VmStore) -> str | None:
     """The old QEMU lives, or one that was started instead, or somebody else's."""
-    entry = await trio.to_thread.run_sync(store.restoring.read)
+    entry = await in_thread(store.restoring.read)
     if entry is None or not isinstance(plan := entry.plan, RevertPlan):
         return None
     if await _runs(plan, entry, vm):
@@ -230,7 +241,7 @@ async def resume_reverted(vm: AttachedVm, entry: JournalEntry, store: VmStore) -
             restore is not None
             and restore.name == plan.let_go
             and restore.to_running
-            and await trio.to_thread.run_sync(runs_by, restore, made, vm.identity.pid)
+            and await in_thread(runs_by, restore, made, vm.identity.pid)
         ):
             await vm.ensure_running()
     if is_same(vm, entry) and plan.holds:
@@ -242,7 +253,7 @@ async def _settle_let_go(entry: JournalEntry, plan: RevertPlan, store: VmStore) 
     if plan.let_go == plan.name:
         await settle_revert(plan, store)
     else:
-        await trio.to_thread.run_sync(store.set_current, plan.let_go)
+        await in_thread(store.set_current, plan.let_go)
         await drop_revert(entry, store)
     return f"the VM had gone on from {plan.let_go}, and has ended since"
 
@@ -252,12 +263,12 @@ async def _recover_clone(vm: AttachedVm | None, store: VmStore) -> str | None:
 
     One that was not registered is undone before anybody looks for its QEMU (`undo_clone`).
     """
-    entry = await trio.to_thread.run_sync(store.restoring.read)
+    entry = await in_thread(store.restoring.read)
     if entry is None or not isinstance(plan := entry.plan, ClonePlan):
         return None
-    if vm is None and await trio.to_thread.run_sync(find_launched, plan.token) is not None:
+    if vm is None and await in_thread(find_launched, plan.token) is not None:
         return None  # it only does not answer yet: its guest is still to be told
-    if vm is None or not await trio.to_thread.run_sync(
+    if vm is None or not await in_thread(
         runs_by, plan, entry.made, vm.identity.pid
     ):
         await settle_clone(plan, store)
@@ -273,7 +284,7 @@ async def _runs(plan: Restore, entry: JournalEntry, vm: AttachedVm) -> bool:
       is lost.
     """
     made = entry.made if plan is entry.plan else ()
-    if not await trio.to_thread.run_sync(runs_by, plan, made, vm.identity.pid):
+    if not await in_thread(runs_by, plan, made, vm.identity.pid):
         return False
     if await vm.run_state() != "inmigrate":
         return True
@@ -283,7 +294,7 @@ async def _runs(plan: Restore, entry: JournalEntry, vm: AttachedVm) -> bool:
 
 
 async def _recover_dead_revert(store: VmStore) -> str | None:
-    entry = await trio.to_thread.run_sync(store.restoring.read)
+    entry = await in_thread(store.restoring.read)
     if entry is None or not isinstance(plan := entry.plan, RevertPlan) or is_to_go_on(entry):
         return None
     if plan.let_go is not None:

@@ -15,9 +15,11 @@ from pathlib import Path
 import trio
 
 from qsnapd.errors import CommandRefused, Effect, GuestLeftPaused, StoreError, VmError
+from qsnapd.faults import Point
 from qsnapd.image.files import remove_if_ours
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, OverlayPlan, PivotPlan, Place
 from qsnapd.model.state import Condition
+from qsnapd.patience import Patience
 from qsnapd.qmp.block import (
     BlockCommit,
     BlockdevDel,
@@ -39,6 +41,8 @@ from qsnapd.qmp.migration import (
 )
 from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot.taking.rescuing import make_save_again, settle_drained
+from qsnapd.snapshot.taking.saving import Advance
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 
 CANCEL_PATIENCE_S = 1.0
@@ -51,10 +55,11 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _log = logging.getLogger(__name__)
 
 
-async def put_back(vm: AttachedVm, entry: JournalEntry) -> str | None:
+async def put_back(vm: AttachedVm, entry: JournalEntry, patience: Patience) -> str | None:
     """Make VM and files as if the checkpoint of *entry* had never been asked for.
 
-    The guest comes first: it runs again before the disks are merged back.
+    The guest comes first: it runs again before the disks are merged back. *patience* hears of
+    all that comes further.
 
     On success: no overlay, node, descriptor set, changed capability or file is left. Returns
       what else had to be done for the guest to run, in words (`rescuing`).
@@ -63,19 +68,28 @@ async def put_back(vm: AttachedVm, entry: JournalEntry) -> str | None:
     """
     plan = entry.plan
     assert isinstance(plan, CheckpointPlan)
-    done = await settle_migration(vm, plan)
+    done = await settle_migration(vm, plan, patience)
+    await patience.reach(Point.UNDO_SAVE_SETTLED)
     await give_back_run_state(vm, plan)
-    await _unpivot(vm.session, plan)
+    await patience.reach(Point.UNDO_GUEST_RUNS)
+    await _unpivot(vm.session, plan, patience)
+    await patience.reach(Point.UNDO_MERGED)
     if plan.drained:
         await make_save_again(vm, plan)
+        await patience.reach(Point.UNDO_SAVES_AGAIN)
     await release_qemu(vm.session, plan)
+    await patience.reach(Point.UNDO_QEMU_RELEASED)
     for pivot in plan.pivots:
         await _remove_node(vm.session, pivot)
-    await trio.to_thread.run_sync(remove_files, entry)
+    await patience.reach(Point.UNDO_NODES_REMOVED)
+    await in_thread(remove_files, entry)
+    await patience.reach(Point.UNDO_FILES_REMOVED)
     return done
 
 
-async def settle_migration(vm: AttachedVm, plan: CheckpointPlan) -> str | None:
+async def settle_migration(
+    vm: AttachedVm, plan: CheckpointPlan, patience: Patience
+) -> str | None:
     """Return when no migration of ours is under way any more, by cancelling or by waiting.
 
     Cancelling is right only where QEMU survives it; elsewhere the save runs to its end. Returns
@@ -84,11 +98,13 @@ async def settle_migration(vm: AttachedVm, plan: CheckpointPlan) -> str | None:
     if plan.disk_only:
         return None
     if plan.drained:
-        return await settle_drained(vm, plan)
+        return await settle_drained(vm, plan, patience)
     session = vm.session
     with session.watch("MIGRATION") as events:
         cancelled_s: float | None = None
-        while (await session.execute(QueryMigrate())).active:
+        advance = Advance(patience)
+        while (info := await session.execute(QueryMigrate())).active:
+            advance.note(info)
             if plan.cancellable and cancelled_s is None:
                 await session.execute(MigrateCancel())
                 cancelled_s = trio.current_time()
@@ -127,7 +143,7 @@ async def give_back_run_state(vm: AttachedVm, plan: CheckpointPlan) -> None:
         ) from exc
 
 
-async def _unpivot(session: QmpSession, plan: CheckpointPlan) -> None:
+async def _unpivot(session: QmpSession, plan: CheckpointPlan, patience: Patience) -> None:
     """Merge what the guest wrote into the overlays back, and drop the overlays."""
     in_use = {
         device.inserted.node_name
@@ -148,10 +164,15 @@ async def _unpivot(session: QmpSession, plan: CheckpointPlan) -> None:
     with session.watch("JOB_STATUS_CHANGE") as events:
         for pivot in pivoted:
             await _start_commit(session, pivot)
+        await patience.reach(Point.UNDO_MERGING)
         waiting = {_commit_job(pivot) for pivot in pivoted}
         completing: set[str] = set()
+        done_bytes = 0
         while waiting:
-            for job in await session.execute(QueryJobs()):
+            found = await session.execute(QueryJobs())
+            if done_bytes != (done_bytes := sum(job.done_bytes for job in found)):
+                patience.tick()
+            for job in found:
                 if job.id not in waiting:
                     continue
                 if job.status == "ready" and job.id not in completing:

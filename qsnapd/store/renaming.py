@@ -21,6 +21,7 @@ from qsnapd.errors import (
     StoreError,
     WrongState,
 )
+from qsnapd.faults import Point, reach_in_thread
 from qsnapd.image.files import sync_directory
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName
@@ -112,6 +113,7 @@ def _begin(store: VmStore, renaming: Renaming) -> Manifest:
     if os.path.lexists(store.path(renaming.new)):
         raise SnapshotExists(f"VM {store.vm!r} already has a snapshot {renaming.new!r}")
     _record(store).write(renaming)
+    reach_in_thread(Point.RENAME_NOTED)
     try:
         staging = store.stage(renaming.new)
     except BaseException:  # what is there is somebody else's: an import's
@@ -129,6 +131,7 @@ def _begin(store: VmStore, renaming: Renaming) -> Manifest:
             store.unstage(renaming.new)
             _record(store).clear()
         raise
+    reach_in_thread(Point.RENAME_COPIED)
     return renamed
 
 
@@ -167,7 +170,9 @@ def _move(store: VmStore, renaming: Renaming) -> None:
     if store.current_as_written() == renaming.old:
         store.set_current(renaming.new)
     store.leases.rename(renaming.old, renaming.new)
+    reach_in_thread(Point.RENAME_MOVED)
     store.remove(renaming.old)
+    reach_in_thread(Point.RENAMED)
     _clear_later(store)
 
 

@@ -33,6 +33,7 @@ from qsnapd.errors import (
     StoreError,
     UnknownSnapshot,
 )
+from qsnapd.faults import Point, reach_in_thread
 from qsnapd.image.files import sync_directory
 from qsnapd.model.names import check_name
 from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
@@ -175,6 +176,7 @@ class VmStore:
             (staging / MANIFEST_NAME).unlink(missing_ok=True)  # of a commit that failed
             write_manifest(staging / MANIFEST_NAME, manifest)
             sync_directory(staging)
+            reach_in_thread(Point.COMMIT_MANIFEST_WRITTEN)
             self._require_free(name)
             staging.rename(final)  # the commit point
         try:

@@ -28,6 +28,13 @@ async def run_here(
     return result.unwrap()
 
 
+def deliver_here(
+    function: Callable[[], ResultT], deliver: Callable[[outcome.Outcome[ResultT]], object]
+) -> None:
+    """`trio.lowlevel.start_thread_soon`."""
+    deliver(outcome.capture(function))
+
+
 async def run_program_here(
     command: Sequence[str], *, pass_fds: Sequence[int] = (), **_options: object
 ) -> "subprocess.CompletedProcess[bytes]":
@@ -45,6 +52,7 @@ def _run(command: Sequence[str], pass_fds: Sequence[int]) -> "subprocess.Complet
 def stay_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let qsnapd do all that blocks in place; and skip syncing, as no power will fail here."""
     monkeypatch.setattr(trio.to_thread, "run_sync", run_here)
+    monkeypatch.setattr(trio.lowlevel, "start_thread_soon", deliver_here)
     monkeypatch.setattr(trio.from_thread, "check_cancelled", lambda: None)
     monkeypatch.setattr(trio, "run_process", run_program_here)
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)

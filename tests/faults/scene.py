@@ -18,6 +18,7 @@ from qsnapd.model.job import JobKind
 from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import ImageFormat, Manifest, Process, Strategy
 from qsnapd.model.state import State
+from qsnapd.patience import Patience
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot.job import Job
@@ -140,7 +141,9 @@ class Scene:
 
     async def recover(self) -> str | None:
         """Do what the next daemon does when it finds this QEMU alive."""
-        return await recover(self.vm, self.store, qemu_img=qemu_img(), launcher=Spawn())
+        return await recover(
+            self.vm, self.store, qemu_img=qemu_img(), launcher=Spawn(), patience=Patience()
+        )
 
     async def recover_offline(self) -> str | None:
         """End QEMU, and do what the next daemon does about that."""

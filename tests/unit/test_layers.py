@@ -11,6 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "qsnapd"
 
 LAYERS = (
     {"errors"},
+    {"faults"},
+    {"patience"},
+    {"threads"},
     {"model"},
     {"config", "xml"},
     {"qmp", "image"},

@@ -14,6 +14,7 @@ from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.errors import SessionLost, WrongState
 from qsnapd.model.job import JobKind
+from qsnapd.snapshot.job import Job
 from qsnapd.store.layout import Store
 from qsnapd.store.renaming import RENAMING_NAME, Renaming, copy_snapshot
 from qsnapd.vm.attached import AttachedVm
@@ -42,7 +43,8 @@ async def test_qemu_that_ends_while_the_journal_is_read(tmp_path: Path) -> None:
             launcher=Spawn(),
         )
         supervisor.attached = vm
-        await Ending(supervisor, print, qemu_img="qemu-img").mend_after_job()
+        job = Job(1, "vm1", JobKind.CREATE, "s1", print)
+        await Ending(supervisor, print, qemu_img="qemu-img").mend_after_job(job)
     assert mended == [vm]
 
 

@@ -11,7 +11,6 @@ from functools import partial
 import trio
 
 from qsnapd.errors import VmError
-from qsnapd.image.slow import SLOW
 from qsnapd.model.findings import Finding, Severity, StoreCheck
 from qsnapd.snapshot.checking.facts import Around, Facts, gather, look_around
 from qsnapd.snapshot.checking.files import UNUSED, judge_files
@@ -20,6 +19,7 @@ from qsnapd.snapshot.checking.live import Live, look_live
 from qsnapd.snapshot.checking.repair import repair
 from qsnapd.snapshot.checking.store import judge_store
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import SLOW
 from qsnapd.vm.attached import AttachedVm
 
 _ORDER = list(Severity)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 import trio
 
 from qsnapd.errors import Effect, QsnapError, SessionLost, VmError, WrongState
+from qsnapd.faults import Point
 from qsnapd.model.deletion import DeletePlan, Merge
 from qsnapd.model.job import Phase, Progress
 from qsnapd.model.snapshot import Manifest
@@ -35,11 +36,11 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.restoring.revert_plan import require_no_qemu
 from qsnapd.snapshot.restoring.start import Seat
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.identity import is_still, key_of
 from qsnapd.vm.live_chain import LiveDisk, read_live, read_read_only
 
-UNDO_LIMIT_S = 120.0
 TRIES = 3
 """How often the block graph is switched before QEMU's refusal is taken for final."""
 
@@ -79,7 +80,7 @@ class Deletion:
         """
         manifest = self._store.manifest(name)
         vm = self._seat.attached
-        await trio.to_thread.run_sync(require_nothing_unfinished, self._store)
+        await in_thread(require_nothing_unfinished, self._store)
         plan, scene = await self._plan(vm, name)
         changes = set(affected(plan, scene.snapshots))
         with self._store.leases.changing(changes, f"snapshot {name} is being deleted"):
@@ -100,8 +101,8 @@ class Deletion:
         """
         if vm is not None:
             await LiveMerges(vm.session, plan.token).cancel()
-        await trio.to_thread.run_sync(_settle_streams, self._store, plan)
-        await trio.to_thread.run_sync(self._store.deletion.clear)
+        await in_thread(_settle_streams, self._store, plan)
+        await in_thread(self._store.deletion.clear)
 
     async def go_on(self, vm: AttachedVm | None, plan: DeletePlan) -> None:
         """Finish a deletion that began to switch and came not to its end. Not to be cancelled.
@@ -118,7 +119,7 @@ class Deletion:
 
     async def _plan(self, vm: AttachedVm | None, name: str) -> tuple[DeletePlan, Scene]:
         scene = await self._look(vm)
-        return await trio.to_thread.run_sync(plan_deletion, name, scene), scene
+        return await in_thread(plan_deletion, name, scene), scene
 
     async def _look(self, vm: AttachedVm | None) -> Scene:
         store = self._store
@@ -126,7 +127,7 @@ class Deletion:
             require_no_qemu(self._seat.name, self._seat.qmp)
         live = await read_live(vm.session, vm.identity.pid) if vm else None
         read_only = await read_read_only(vm.session, vm.identity.pid) if vm else {}
-        graph = await trio.to_thread.run_sync(lambda: read_graph(store, self._others(), live))
+        graph = await in_thread(lambda: read_graph(store, self._others(), live))
         return Scene(
             vm=store.vm,
             snapshots=store.snapshots(),
@@ -141,12 +142,12 @@ class Deletion:
     async def _refuse(
         self, vm: AttachedVm | None, scene: Scene, plan: DeletePlan, manifest: Manifest
     ) -> None:
-        await trio.to_thread.run_sync(refuse_mapped, self._store.leases, manifest, scene)
-        await trio.to_thread.run_sync(refuse_open, plan, scene)
-        await trio.to_thread.run_sync(refuse_newer, plan, scene)
+        await in_thread(refuse_mapped, self._store.leases, manifest, scene)
+        await in_thread(refuse_open, plan, scene)
+        await in_thread(refuse_newer, plan, scene)
         if vm is not None and any(scene.live_disk(merge.upper.key) for merge in plan.merges):
             await refuse_by_state(vm)
-        await trio.to_thread.run_sync(require_room, plan, scene)
+        await in_thread(require_room, plan, scene)
 
     # --- copying -------------------------------------------------------------------------
 
@@ -154,14 +155,20 @@ class Deletion:
         store = self._store
         await self._write(plan)
         try:
+            await self._job.reach(Point.DELETE_PLANNED)
             if plan.commits:
-                await trio.to_thread.run_sync(lambda: mark(store, plan.name, deleting=True))
+                await in_thread(lambda: mark(store, plan.name, deleting=True))
+            await self._job.reach(Point.DELETE_MARKED)
             self._job.enter(Phase.MERGING)
             plan = await self._merge(vm, plan)
             for number in range(len(plan.merges)):
                 self._tell(plan, number, 1.0)
         except BaseException as exc:
-            with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+            patience = self._job.patience
+            with (
+                trio.move_on_after(patience.limit_s, shield=True) as undoing,
+                patience.extending(undoing),
+            ):
                 await self._break_off(vm, plan, exc, was_marked=was_marked)
             raise
         with trio.CancelScope(shield=True):
@@ -185,12 +192,15 @@ class Deletion:
             merges = LiveMerges(vm.session, plan.token)
             try:
                 await merges.start(live, disks)
+                await self._job.reach(Point.DELETE_MERGING)
                 await merges.come_to_rest(lambda n, part: self._tell(plan, n, part))
             finally:
                 self._has_committed |= merges.commits
+            await self._job.reach(Point.DELETE_AT_REST)
             plan = _done(plan, live)
             with trio.CancelScope(shield=True):
                 await self._write(plan)
+            await self._job.reach(Point.DELETE_COPIED)
         return plan
 
     async def _merge_offline(self, plan: DeletePlan, number: int) -> DeletePlan:
@@ -203,16 +213,16 @@ class Deletion:
         with trio.CancelScope(shield=True):
             await self._write(plan)
             if merge.kind == "stream":
-                await trio.to_thread.run_sync(
+                await in_thread(
                     lambda: settle_images(self._store, [merge], but=plan.name)
                 )
         return plan
 
     async def _read(self) -> DeletePlan | None:
-        return await trio.to_thread.run_sync(self._store.deletion.read)
+        return await in_thread(self._store.deletion.read)
 
     async def _write(self, plan: DeletePlan) -> None:
-        await trio.to_thread.run_sync(self._store.deletion.write, plan)
+        await in_thread(self._store.deletion.write, plan)
 
     def _tell(self, plan: DeletePlan, number: int, part: float) -> None:
         self._parts[number] = part
@@ -247,7 +257,7 @@ class Deletion:
         try:
             await self.give_up(vm, plan)
             if plan.commits and not self._has_committed and not was_marked:
-                await trio.to_thread.run_sync(
+                await in_thread(
                     lambda: mark(self._store, plan.name, deleting=False)
                 )
         except QsnapError as exc:
@@ -282,11 +292,14 @@ class Deletion:
             disks: tuple[LiveDisk, ...] = ()
             if vm is not None:
                 plan, disks = await self._switch(vm, plan)
+            await self._job.reach(Point.DELETE_SWITCHED)
             await self._name_below(plan, disks)
-            await trio.to_thread.run_sync(
+            await self._job.reach(Point.DELETE_NAMED)
+            await in_thread(
                 lambda: settle_images(store, plan.merges, but=plan.name)
             )
-            notes = await trio.to_thread.run_sync(
+            await self._job.reach(Point.DELETE_RECORDED)
+            notes = await in_thread(
                 lambda: remove_snapshot(store, plan, is_vouched_for=vm is not None)
             )
         except QsnapError as exc:
@@ -337,11 +350,11 @@ class Deletion:
             gone = merge.source
             below = merge.lower if merge.kind == "commit" else merge.below
             for image in images:
-                if not await trio.to_thread.run_sync(is_still, image.file):
+                if not await in_thread(is_still, image.file):
                     continue
                 if key_of(image.path) in in_use:
                     continue
-                if await trio.to_thread.run_sync(lies_over, image, gone):
+                if await in_thread(lies_over, image, gone):
                     await put_onto(image, below, qemu_img=self._qemu_img)
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from qsnapd.errors import StoreError, UnknownSnapshot
+from qsnapd.faults import Point, reach_in_thread
 from qsnapd.image.files import remove_if_ours, replace_file, sync_directory
 from qsnapd.model.deletion import DeletePlan, Image, Merge
 from qsnapd.model.registration import LastSeen
@@ -127,6 +128,7 @@ def remove_snapshot(
     adopt_children(store, plan.name, plan.parent)
     left = store.remove(plan.name)
     store.leases.forget(plan.name)
+    reach_in_thread(Point.DELETE_UNLISTED)
     if left is not None:
         notes.append(f"{left} holds files that qsnapd has not put there: they are left")
     if plan.was_current:
@@ -146,7 +148,9 @@ def remove_snapshot(
         with suppress(OSError):
             sync_directory(folder)
     store.made.forget_gone()
+    reach_in_thread(Point.DELETE_FILES_REMOVED)
     store.deletion.clear()
+    reach_in_thread(Point.DELETED)
     return tuple(notes)
 
 

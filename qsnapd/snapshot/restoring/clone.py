@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from qsnapd.errors import Effect, VmError
+from qsnapd.faults import Point, reach
 from qsnapd.image.files import identity, remove_if_ours
 from qsnapd.model.plan import ClonePlan, JournalEntry
 from qsnapd.model.registration import Registration
@@ -23,10 +24,9 @@ from qsnapd.snapshot.restoring.switch import hold_lease
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.registry import read_registration, register
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.process import end_launched
-
-UNDO_LIMIT_S = 60.0
 
 
 class Clone:
@@ -55,17 +55,24 @@ class Clone:
         store = self._seat.store
         entry = JournalEntry(plan=plan, pid=0, start_time_ticks=0)
         try:
-            await trio.to_thread.run_sync(store.restoring.write, entry)
-            await trio.to_thread.run_sync(_make_pipes, plan)
+            await in_thread(store.restoring.write, entry)
+            await self._job.reach(Point.CLONE_PLANNED)
+            await in_thread(_make_pipes, plan)
             entry = await make_files(entry, store.restoring, qemu_img=self._qemu_img)
+            await self._job.reach(Point.CLONE_FILES_MADE)
             self._job.instruction = self._seat.launcher.instruction(plan.launch)
             shown_as = Condition.PAUSED_FROM_SNAPSHOT
             vm = await start(self._seat, plan, self._job, made=entry.made, shown_as=shown_as)
             await hold_lease(vm, plan, self._source)
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(register, store, _registration(plan, entry))
+            await self._job.reach(Point.CLONE_LOADED)
+            await in_thread(register, store, _registration(plan, entry))
+            await self._job.reach(Point.CLONE_REGISTERED)
         except BaseException:
-            with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+            patience = self._job.patience
+            with (
+                trio.move_on_after(patience.limit_s, shield=True) as undoing,
+                patience.extending(undoing),
+            ):
                 await undo_clone(entry, store)
                 self.is_undone = True
             raise
@@ -84,14 +91,16 @@ async def finish_clone(vm: AttachedVm, plan: ClonePlan, store: VmStore) -> None:
     """
     if plan.to_running:
         await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
+    await reach(Point.CLONE_RUNS)
     await settle_clone(plan, store)
 
 
 async def settle_clone(plan: ClonePlan, store: VmStore) -> None:
     """Remove what is of no use once the clone is registered. Idempotent. Raises: StoreError."""
     if plan.loading is not None and plan.loading.view is not None:
-        await trio.to_thread.run_sync(Path(plan.loading.view).unlink, True)
-    await trio.to_thread.run_sync(store.restoring.clear)
+        await in_thread(Path(plan.loading.view).unlink, True)
+    await in_thread(store.restoring.clear)
+    await reach(Point.CLONED)
 
 
 async def undo_clone(entry: JournalEntry, store: VmStore) -> None:
@@ -102,12 +111,12 @@ async def undo_clone(entry: JournalEntry, store: VmStore) -> None:
     """
     plan = entry.plan
     assert isinstance(plan, ClonePlan)
-    if await trio.to_thread.run_sync(read_registration, store) is not None:
+    if await in_thread(read_registration, store) is not None:
         return  # registering it was cut off after it had been done
     await end_launched(plan.token)
-    standing = await trio.to_thread.run_sync(store.restoring.read)
-    await trio.to_thread.run_sync(remove_files, standing or entry)
-    await trio.to_thread.run_sync(_remove_made, plan)
+    standing = await in_thread(store.restoring.read)
+    await in_thread(remove_files, standing or entry)
+    await in_thread(_remove_made, plan)
 
 
 def _make_pipes(plan: ClonePlan) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 import trio
 
 from qsnapd.errors import ImageInvalid, SnapshotDiffers, StoreError, VmError
-from qsnapd.image.slow import SLOW
 from qsnapd.model.snapshot import Manifest
 from qsnapd.snapshot.chains import read_chain, wrong_with_chain
 from qsnapd.snapshot.intact import check_snapshot, require_usable
 from qsnapd.snapshot.restoring.differences import Difference, compare_cpu, compare_qemu, compare_ram
 from qsnapd.snapshot.restoring.left_out import compare_left_out
 from qsnapd.snapshot.restoring.reach import KVM, check_access
+from qsnapd.threads import SLOW
 from qsnapd.vm.argv import parse_options
 from qsnapd.vm.disks import Disk
 from qsnapd.vm.launch import DELETED

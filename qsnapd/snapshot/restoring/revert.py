@@ -23,6 +23,7 @@ from qsnapd.errors import (
     StoreFull,
     WrongState,
 )
+from qsnapd.faults import Point, reach
 from qsnapd.image.files import identity
 from qsnapd.image.qcow2 import is_blank
 from qsnapd.model.plan import JournalEntry, Restore, RevertPlan
@@ -38,12 +39,12 @@ from qsnapd.snapshot.restoring.switch import Left, Switch
 from qsnapd.snapshot.taking.create import Checkpoint
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import read_disks
 from qsnapd.vm.proc import resident_bytes
 from qsnapd.vm.process import still_runs
 
-UNDO_LIMIT_S = 60.0
 KEPT = "before-"
 """How the names begin of snapshots that keep what a revert would lose."""
 KEPT_NAME_LIMIT = 24
@@ -89,7 +90,7 @@ class Revert:
         )
         if vm is None:
             require_no_qemu(seat.name, seat.qmp)
-        plan = await trio.to_thread.run_sync(self._plan, manifest, request, found.loads_lazily)
+        plan = await in_thread(self._plan, manifest, request, found.loads_lazily)
         self._job.notes = (*map(str, found.differences), *found.notes, *eager_note(plan))
         entry = JournalEntry(
             plan=plan,
@@ -98,7 +99,9 @@ class Revert:
         )
         try:
             await self._write(entry)
+            await self._job.reach(Point.REVERT_PLANNED)
             entry = await make_files(entry, seat.store.restoring, qemu_img=self._qemu_img)
+            await self._job.reach(Point.REVERT_FILES_MADE)
             left = Left()
             if vm is not None:
                 if not request.discard:
@@ -107,11 +110,16 @@ class Revert:
                 else:
                     left = Left(disks=await _disks_in_use(vm))
             else:
-                left = await trio.to_thread.run_sync(_never_started, seat.store)
+                left = await in_thread(_never_started, seat.store)
             await seat.launcher.prepare(plan.launch, lasting=not plan.starts)
+            await self._job.reach(Point.REVERT_PREPARED)
             entry = await self._commit_to_it(vm, entry)
         except BaseException as exc:
-            with trio.move_on_after(UNDO_LIMIT_S, shield=True):
+            patience = self._job.patience
+            with (
+                trio.move_on_after(patience.limit_s, shield=True) as undoing,
+                patience.extending(undoing),
+            ):
                 await self._undo(vm, entry, exc)
             raise
         with trio.CancelScope(shield=True):
@@ -134,7 +142,7 @@ class Revert:
         )
 
     async def _write(self, entry: JournalEntry) -> None:
-        await trio.to_thread.run_sync(self._seat.store.restoring.write, entry)
+        await in_thread(self._seat.store.restoring.write, entry)
 
     async def _keep(
         self, vm: AttachedVm, entry: JournalEntry, leaves: Sequence[str]
@@ -158,6 +166,7 @@ class Revert:
         try:
             kept = await checkpoint.take(request, holds=True)
             self._keeping = checkpoint
+            await self._job.reach(Point.REVERT_KEPT)
         except (RequestError, CapabilityMissing, StoreFull) as exc:
             raise Blocked(
                 f"the state that VM {plan.vm} is in cannot be kept as a snapshot: {exc}. "
@@ -170,11 +179,12 @@ class Revert:
         ran = kept.state == "running"
         back = partial(plan_return, kept, self._seat.parent, to_running=ran)
         entry = _changed(
-            entry, was_running=ran, fallback=await trio.to_thread.run_sync(back)
+            entry, was_running=ran, fallback=await in_thread(back)
         )
         await self._write(entry)
+        await self._job.reach(Point.REVERT_RETURN_NOTED)
         overlays = [Path(disk.overlay) for disk in kept.disks if disk.overlay]
-        unused = [await trio.to_thread.run_sync(identity, path) for path in overlays]
+        unused = [await in_thread(identity, path) for path in overlays]
         return entry, Left(unused=tuple(unused))
 
     async def _commit_to_it(self, vm: AttachedVm | None, entry: JournalEntry) -> JournalEntry:
@@ -196,6 +206,7 @@ class Revert:
             )
         entry = _changed(entry, no_return=True)
         await self._write(entry)
+        await self._job.reach(Point.REVERT_NO_RETURN)
         return entry
 
     async def _undo(
@@ -265,7 +276,7 @@ async def undo_revert(vm: AttachedVm | None, entry: JournalEntry, store: VmStore
     Idempotent. Raises: SessionLost: the old QEMU lives, and is not at hand. VmError: the
       guest does not run again. StoreError.
     """
-    standing = await trio.to_thread.run_sync(store.restoring.read)
+    standing = await in_thread(store.restoring.read)
     entry = standing or entry
     plan = entry.plan
     assert isinstance(plan, RevertPlan)
@@ -275,8 +286,9 @@ async def undo_revert(vm: AttachedVm | None, entry: JournalEntry, store: VmStore
                 f"the revert to {plan.name} is undone as soon as QEMU, pid {entry.pid}, answers"
             )
         await give_up_revert(vm, entry, store)
-    await trio.to_thread.run_sync(remove_files, entry)
-    await trio.to_thread.run_sync(store.restoring.clear)
+    await in_thread(remove_files, entry)
+    await in_thread(store.restoring.clear)
+    await reach(Point.REVERT_UNDONE)
 
 
 async def give_up_revert(vm: AttachedVm, entry: JournalEntry, store: VmStore) -> None:
@@ -288,7 +300,7 @@ async def give_up_revert(vm: AttachedVm, entry: JournalEntry, store: VmStore) ->
     plan = entry.plan
     assert isinstance(plan, RevertPlan)
     if plan.no_return:
-        await trio.to_thread.run_sync(store.restoring.write, _changed(entry, no_return=False))
+        await in_thread(store.restoring.write, _changed(entry, no_return=False))
     if vm.tracker.is_to_run(ran_before=plan.was_running):
         await vm.ensure_running()
 

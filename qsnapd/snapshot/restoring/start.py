@@ -10,6 +10,7 @@ from typing import Protocol
 import trio
 
 from qsnapd.errors import ImageInvalid, VmError
+from qsnapd.faults import Point
 from qsnapd.image.files import identity
 from qsnapd.image.mapped_ram import read_layout
 from qsnapd.image.view import make_view
@@ -23,6 +24,7 @@ from qsnapd.snapshot.restoring.read_ahead import read_ahead
 from qsnapd.snapshot.taking.overlays import make_overlay, publish_overlays
 from qsnapd.store.journal import Journal
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.kept_ram import empty_file
 from qsnapd.vm.launch import Parent
@@ -68,9 +70,9 @@ async def make_files(entry: JournalEntry, journal: Journal, *, qemu_img: str) ->
             overlays.append(await make_overlay(overlay, qemu_img=qemu_img))
             descriptors.callback(os.close, overlays[-1])
         entry = entry.model_copy(update={"made": tuple(map(identity, overlays))})
-    await trio.to_thread.run_sync(journal.write, entry)
+    await in_thread(journal.write, entry)
     if plan.loading is not None and plan.loading.view is not None:
-        await trio.to_thread.run_sync(_make_view, plan.loading, Path(plan.loading.view))
+        await in_thread(_make_view, plan.loading, Path(plan.loading.view))
     await publish_overlays(plan.overlays)
     return entry
 
@@ -107,17 +109,19 @@ async def start(
     seat.starting = shown_as
     try:
         for path in plan.loading.emptied if plan.loading is not None else ():
-            await trio.to_thread.run_sync(empty_file, path, plan.launch.uid)
+            await in_thread(empty_file, path, plan.launch.uid)
         started = await seat.launcher.start(plan.launch, seat.store.directory / LOG_NAME)
         vm = await _wait_started(seat, started, plan, made)
         try:
+            await job.reach(Point.REVERT_STARTED)
             if plan.loading is not None:
                 with trio.fail_after(LOAD_LIMIT_S):
                     await load_memory(vm, plan.loading, job)
+            await job.reach(Point.REVERT_LOADED)
         except BaseException:
             with trio.move_on_after(KILL_LIMIT_S, shield=True):
                 # First, because a service would start it again once it has ended.
-                await trio.to_thread.run_sync(started.kill)
+                await in_thread(started.kill)
                 kill(vm.identity)
                 await wait_gone(vm.identity)
                 await seat.wait_detached()
@@ -142,18 +146,18 @@ async def _wait_started(
             while True:
                 with trio.move_on_after(LOOK_EVERY_S):
                     vm = await seat.wait_attached()
-                    if await trio.to_thread.run_sync(runs_by, plan, made, vm.identity.pid):
+                    if await in_thread(runs_by, plan, made, vm.identity.pid):
                         return vm
                     raise VmError(
                         f"another QEMU, pid {vm.identity.pid}, serves {seat.qmp}; "
                         "it was left alone. Does a service start this VM whenever it ends?"
                     )
-                if words := await trio.to_thread.run_sync(started.failed):
+                if words := await in_thread(started.failed):
                     raise VmError(f"QEMU says: {words}")
         raise VmError(f"QEMU did not answer within {limit_s:g} s of its start")
     except BaseException:
         with trio.move_on_after(KILL_LIMIT_S, shield=True):
-            await trio.to_thread.run_sync(started.kill)
+            await in_thread(started.kill)
             await end_launched(plan.token)  # with -daemonize it is another process by now
         raise
 

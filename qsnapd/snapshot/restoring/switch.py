@@ -22,6 +22,7 @@ from qsnapd.errors import (
     StoreError,
     VmError,
 )
+from qsnapd.faults import Point, reach
 from qsnapd.image.files import remove_if_ours
 from qsnapd.model.plan import JournalEntry, Restore, RevertPlan
 from qsnapd.model.snapshot import FileIdentity, Manifest
@@ -33,6 +34,7 @@ from qsnapd.snapshot.restoring.revert_plan import require_no_qemu
 from qsnapd.snapshot.restoring.start import Seat, make_view_again, start
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.process import wait_ended
 
@@ -76,6 +78,7 @@ class Switch:
                 await end_qemu(vm)
                 with trio.move_on_after(DETACH_LIMIT_S):  # its process is gone: it cannot be long
                     await seat.wait_detached()
+        await self._job.reach(Point.REVERT_ENDED)
         await self._start(entry)
 
     async def go_on(self, entry: JournalEntry) -> Manifest:
@@ -89,7 +92,7 @@ class Switch:
         with trio.CancelScope(shield=True):
             require_no_qemu(seat.name, seat.qmp)
             if plan.loading is not None:  # after a power failure it may be incomplete
-                await trio.to_thread.run_sync(make_view_again, plan.loading)
+                await in_thread(make_view_again, plan.loading)
             await seat.launcher.prepare(plan.launch, lasting=not plan.starts)
             await self._start(entry)
         return seat.store.manifest(plan.name)
@@ -113,8 +116,8 @@ class Switch:
 
     async def _leave_off(self, entry: JournalEntry) -> None:
         seat, plan = self._seat, _revert(entry)
-        await trio.to_thread.run_sync(seat.store.next_start.clear)
-        await trio.to_thread.run_sync(seat.store.next_start.write, entry)
+        await in_thread(seat.store.next_start.clear)
+        await in_thread(seat.store.next_start.write, entry)
         await settle_revert(plan, seat.store)
         self._job.effect = Effect.NONE
         self._job.notes += (
@@ -131,7 +134,7 @@ class Switch:
         for file in self._left.unused:
             try:
                 remove = partial(remove_if_ours, Path(file.path), file.device, file.inode)
-                await trio.to_thread.run_sync(remove)
+                await in_thread(remove)
             except StoreError as exc:
                 _log.warning("VM %s: %s", self._seat.name, exc)
 
@@ -193,9 +196,12 @@ async def finish_revert(vm: AttachedVm, entry: JournalEntry, store: VmStore) -> 
     """
     plan = _revert(entry)
     await _let_go(entry, plan, store)
+    await reach(Point.REVERT_LET_GO)
     if plan.to_running:
         await vm.ensure_running(Condition.RUNNING_FROM_SNAPSHOT)
+    await reach(Point.REVERT_RUNS)
     await hold_lease(vm, plan, store)
+    await reach(Point.REVERT_LEASED)
     await settle_revert(plan, store)
 
 
@@ -207,32 +213,34 @@ async def finish_return(vm: AttachedVm, entry: JournalEntry, store: VmStore) -> 
     if fallback.to_running:
         await vm.ensure_running()
     await hold_lease(vm, fallback, store)
-    await trio.to_thread.run_sync(store.set_current, fallback.name)
+    await in_thread(store.set_current, fallback.name)
     await drop_revert(entry, store)
 
 
 async def _let_go(entry: JournalEntry, restore: Restore, store: VmStore) -> None:
     plan = entry.plan.model_copy(update={"let_go": restore.name})
-    await trio.to_thread.run_sync(store.restoring.write, entry.model_copy(update={"plan": plan}))
+    await in_thread(store.restoring.write, entry.model_copy(update={"plan": plan}))
 
 
 async def hold_lease(vm: AttachedVm, plan: Restore, store: VmStore) -> None:
     """Let it be known that a QEMU runs on the snapshot's files. Raises: StoreError."""
     mapped = plan.loading is not None and plan.loading.view is not None
     who = (plan.vm, vm.identity.pid, vm.identity.start_time_ticks)
-    await trio.to_thread.run_sync(partial(store.leases.hold, plan.name, *who, mapped=mapped))
+    await in_thread(partial(store.leases.hold, plan.name, *who, mapped=mapped))
 
 
 async def settle_revert(plan: Restore, store: VmStore) -> None:
     """Write down that the VM goes on from the snapshot; idempotent. Raises: StoreError."""
     if plan.loading is not None and plan.loading.view is not None:
-        await trio.to_thread.run_sync(Path(plan.loading.view).unlink, True)
-    await trio.to_thread.run_sync(store.set_current, plan.name)
-    if (entry := await trio.to_thread.run_sync(store.restoring.read)) is not None:
-        await trio.to_thread.run_sync(note_made, store.made, plan.overlays, entry.made)
+        await in_thread(Path(plan.loading.view).unlink, True)
+    await in_thread(store.set_current, plan.name)
+    await reach(Point.REVERT_CURRENT_SET)
+    if (entry := await in_thread(store.restoring.read)) is not None:
+        await in_thread(note_made, store.made, plan.overlays, entry.made)
     if not isinstance(plan, RevertPlan) or plan.starts:  # how it was to start before is void
-        await trio.to_thread.run_sync(store.next_start.clear)
-    await trio.to_thread.run_sync(store.restoring.clear)
+        await in_thread(store.next_start.clear)
+    await in_thread(store.restoring.clear)
+    await reach(Point.REVERTED)
 
 
 async def drop_revert(entry: JournalEntry, store: VmStore) -> None:
@@ -240,8 +248,8 @@ async def drop_revert(entry: JournalEntry, store: VmStore) -> None:
 
     Raises: StoreError.
     """
-    await trio.to_thread.run_sync(remove_files, entry)
-    await trio.to_thread.run_sync(store.restoring.clear)
+    await in_thread(remove_files, entry)
+    await in_thread(store.restoring.clear)
 
 
 async def end_qemu(vm: AttachedVm) -> None:

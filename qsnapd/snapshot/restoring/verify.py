@@ -9,7 +9,6 @@ import trio
 
 from qsnapd.errors import Blocked, ImageInvalid, QsnapError, StoreError
 from qsnapd.image import digest
-from qsnapd.image.slow import SLOW
 from qsnapd.model.snapshot import DiskLayer, Manifest, MemoryImage
 from qsnapd.model.verification import Check, Outcome, Verification
 from qsnapd.snapshot.chains import check_image, read_chain, wrong_with_chain
@@ -17,6 +16,7 @@ from qsnapd.snapshot.intact import check_memory, require_usable, wrong_files
 from qsnapd.snapshot.restoring.differences import Difference
 from qsnapd.snapshot.restoring.preflight import check_host_memory, free_memory_bytes
 from qsnapd.snapshot.restoring.rehearsal import rehearse
+from qsnapd.threads import SLOW
 
 
 async def verify_snapshot(

@@ -5,6 +5,7 @@ running; a write to a page not yet saved waits until it is.
 import trio
 
 from qsnapd.errors import CaptureFailed
+from qsnapd.faults import Point
 from qsnapd.qmp.migration import QueryMigrate
 from qsnapd.qmp.session import QmpSession
 from qsnapd.qmp.transport import QmpEvent
@@ -47,18 +48,21 @@ async def capture_background(capture: Capture) -> None:
                     "to stalls"
                 ) from None
         capture.capture_ms = watch.ms
+        await capture.job.reach(Point.CAPTURE_CAPTURED)
         if vm.at_least_10:
             capture.require_held()
             await capture.release_at_once()
         else:
             # QEMU <= 8.2 has started the guest itself, right after protecting its memory.
             await capture.release()
+    await capture.job.reach(Point.CAPTURE_RELEASED)
     limit_s = QueryMigrate.timeout_s if vm.at_least_10 else ANSWER_LIMIT_S
     capture.watch(
         await wait_saved(
             session, "completed", watcher=capture.watch, answer_limit_s=limit_s
         )
     )
+    await capture.job.reach(Point.CAPTURE_SAVED)
 
 
 async def _wait_captured(

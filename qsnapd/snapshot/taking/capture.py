@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import trio
 
 from qsnapd.errors import CaptureFailed, CommandRefused
+from qsnapd.faults import Point
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import PauseParts
 from qsnapd.model.state import Condition
@@ -59,6 +60,7 @@ class Capture:
             begun_s = trio.current_time()
             await self.vm.session.execute(Stop())
             self.stop_ms = _since_ms(begun_s)
+        await self.job.reach(Point.CAPTURE_STOPPED)
 
     async def pivot(self) -> None:
         """Move every disk to its overlay, all at once or none."""
@@ -71,6 +73,7 @@ class Capture:
             await self.vm.session.execute(Transaction(actions=actions))
             self.pivot_ms = _since_ms(begun_s)
         self.ran |= self.vm.tracker.running
+        await self.job.reach(Point.CAPTURE_PIVOTED)
 
     def require_held(self) -> None:
         """Make sure that the guest has stood still since its disks moved.
@@ -86,6 +89,7 @@ class Capture:
     async def begin_saving(self) -> None:
         assert self.target is not None, "a checkpoint has a place for its memory"
         await self.vm.session.execute(self.target.command())
+        await self.job.reach(Point.CAPTURE_SAVING)
 
     @property
     def to_resume(self) -> bool:

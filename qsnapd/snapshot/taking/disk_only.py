@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack, suppress
 import trio
 
 from qsnapd.errors import VmError
+from qsnapd.faults import Point
 from qsnapd.model.job import Phase
 from qsnapd.qmp.agent import GuestAgent
 from qsnapd.snapshot.taking.capture import Capture
@@ -30,6 +31,7 @@ async def capture_disks(capture: Capture, store: VmStore, agent: GuestAgent | No
             capture.quiesced = await around.enter_async_context(
                 frozen(capture.vm, store, capture.job, agent=agent, limit_s=plan.freeze_limit_s)
             )
+            await capture.job.reach(Point.CAPTURE_FROZEN)
         capture.job.enter(Phase.SAVING)
         if not plan.manual:
             await capture.pivot()

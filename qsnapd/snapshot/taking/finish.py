@@ -5,13 +5,11 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-import trio
-
+from qsnapd.faults import Point, reach_in_thread
 from qsnapd.image import digest, mapped_ram, stream
-from qsnapd.image.files import allocated_bytes, sync_file
+from qsnapd.image.files import allocated_bytes, sync_in_parts
 from qsnapd.image.punch import punch
 from qsnapd.image.savevm import Verified
-from qsnapd.image.slow import SLOW
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import (
     Consistency,
@@ -24,15 +22,17 @@ from qsnapd.model.snapshot import (
     Strategy,
 )
 from qsnapd.model.state import Condition, State
+from qsnapd.patience import Patience
 from qsnapd.snapshot.taking.capture import Capture
 from qsnapd.snapshot.taking.memory import MemoryTarget
+from qsnapd.threads import Check, in_slow_thread
 from qsnapd.vm.attached import AttachedVm
 
 _log = logging.getLogger(__name__)
 
 
 async def finish_image(
-    target: MemoryTarget, ram_blocks: Sequence[RamBlock]
+    target: MemoryTarget, ram_blocks: Sequence[RamBlock], patience: Patience
 ) -> tuple[MemoryImage, tuple[RamBlock, ...]]:
     """Make the image durable and loadable, and prove it; the guest runs meanwhile.
 
@@ -41,25 +41,35 @@ async def finish_image(
     Cancellation: stops at the next mebibyte; the image is then worth nothing.
     Raises: CaptureFailed, ImageInvalid, StoreError.
     """
-    return await trio.to_thread.run_sync(_finish_image, target, ram_blocks, limiter=SLOW)
+
+    def work(check: Check) -> tuple[MemoryImage, tuple[RamBlock, ...]]:
+        fd = os.dup(target.descriptor)  # a thread that is left alone must not meet another file
+        try:
+            return _finish_image(target, fd, ram_blocks, check)
+        finally:
+            os.close(fd)
+
+    return await in_slow_thread(work, patience)
 
 
 def _finish_image(
-    target: MemoryTarget, ram_blocks: Sequence[RamBlock]
+    target: MemoryTarget, fd: int, ram_blocks: Sequence[RamBlock], check: Check
 ) -> tuple[MemoryImage, tuple[RamBlock, ...]]:
-    plan, fd, file = target.plan, target.descriptor, target.file
+    plan, file = target.plan, target.file
     assert plan.image_format is not None, "a checkpoint says how it is saved"
     assert plan.strategy is not None, "a checkpoint says how it is saved"
-    check = trio.from_thread.check_cancelled
     if target.drain is not None:
         target.drain.finish()
-    sync_file(fd)
+    sync_in_parts(fd, check)
+    reach_in_thread(Point.FINISH_SYNCED)
     holes_are_zero = _mend(fd, plan, check)
+    reach_in_thread(Point.FINISH_SEALED)
     verified = verify_image(
         fd, plan.image_format, plan.strategy, ram_blocks, check, holes_are_zero=holes_are_zero
     )
     if verified.unchecked:
         _log.warning("%s: checked in part only: %s", file, verified.unchecked)
+    reach_in_thread(Point.FINISH_VERIFIED)
     check()
     status = os.fstat(fd)
     image = MemoryImage(

@@ -18,6 +18,7 @@ from qsnapd.errors import (
     FreezeOutcomeUnknown,
     WrongState,
 )
+from qsnapd.faults import Point, reach
 from qsnapd.model.freeze import OwedThaw
 from qsnapd.model.job import Phase
 from qsnapd.qmp import agent_commands
@@ -27,6 +28,7 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.taking.thaw import THAW_LIMIT_S, may_be_frozen, thaw_left_over, thaw_or_owe
 from qsnapd.store.owed_thaw import owe_thaw
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 
 SHIELD_LIMIT_S = 2 * THAW_LIMIT_S
@@ -143,7 +145,8 @@ async def freeze(
             since=datetime.now(UTC),
             why=why,
         )
-        await trio.to_thread.run_sync(owe_thaw, store, owed)
+        await in_thread(owe_thaw, store, owed)
+        await reach(Point.THAW_OWED)
     except BaseException:
         session.close()
         raise

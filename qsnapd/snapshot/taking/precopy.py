@@ -7,6 +7,7 @@ QEMU stops the guest by itself when what is left fits its downtime limit, and wa
 import trio
 
 from qsnapd.errors import CaptureFailed
+from qsnapd.faults import Point
 from qsnapd.model.request import OnLimit
 from qsnapd.qmp.commands import Stop
 from qsnapd.qmp.migration import MigrateContinue, MigrationInfo
@@ -43,12 +44,15 @@ async def capture_precopy(capture: Capture) -> None:
             await session.execute(Stop())
             await wait_saved(session, "pre-switchover", watcher=capture.watch)
         capture.window.begun = True
+        await capture.job.reach(Point.CAPTURE_SWITCHOVER)
         watch = Stopwatch()
         await capture.pivot()
         await hold_for_storage(capture)
         await session.execute(MigrateContinue())
+        await capture.job.reach(Point.CAPTURE_CONTINUED)
         info = await wait_saved(session, "completed", watcher=capture.watch)
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
+        await capture.job.reach(Point.CAPTURE_SAVED)
         await capture.leave_postmigrate()
         capture.watch(info)
 

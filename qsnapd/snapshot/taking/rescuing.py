@@ -23,9 +23,10 @@ from qsnapd.errors import (
 )
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.state import Condition
+from qsnapd.patience import Patience
 from qsnapd.qmp.commands import GetFd, Stop
 from qsnapd.qmp.migration import Migrate, MigrationInfo, QueryMigrate, QueryMigrateCapabilities
-from qsnapd.snapshot.taking.saving import ask
+from qsnapd.snapshot.taking.saving import Advance, ask
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.identity import ProcessIdentity
 from qsnapd.vm.rescue import release_memory
@@ -44,7 +45,9 @@ _CAPABILITY = "background-snapshot"
 _log = logging.getLogger(__name__)
 
 
-async def settle_drained(vm: AttachedVm, plan: CheckpointPlan) -> str | None:
+async def settle_drained(
+    vm: AttachedVm, plan: CheckpointPlan, patience: Patience
+) -> str | None:
     """Return when the save of *plan* has ended and holds none of the guest's memory.
 
     Preconditions: the snapshot has been given up.
@@ -56,6 +59,7 @@ async def settle_drained(vm: AttachedVm, plan: CheckpointPlan) -> str | None:
     freed: str | None = None
     silence: ReplyTimeout | None = None
     heard_s = trio.current_time()
+    advance = Advance(patience)
     with vm.session.watch("MIGRATION") as events:
         while silence is None or trio.current_time() - heard_s < SILENCE_LIMIT_S:
             try:
@@ -64,6 +68,7 @@ async def settle_drained(vm: AttachedVm, plan: CheckpointPlan) -> str | None:
                 info, silence = None, exc
             else:
                 silence, heard_s = None, trio.current_time()
+                advance.note(info)
             if info is None or not info.active:
                 freed = await free_guest(plan.vm, vm.identity) or freed
             if info is not None:

@@ -6,6 +6,7 @@ import trio
 
 from qsnapd.errors import CaptureFailed, Effect, ReplyTimeout
 from qsnapd.model.job import Progress
+from qsnapd.patience import Patience
 from qsnapd.qmp.migration import MigrationInfo, QueryMigrate
 from qsnapd.qmp.session import QmpSession
 
@@ -47,6 +48,23 @@ async def ask(session: QmpSession, *, limit_s: float) -> MigrationInfo:
         raise ReplyTimeout(
             f"QEMU did not answer {QueryMigrate.name} within {limit_s:g} s", effect=Effect.UNKNOWN
         ) from None
+
+
+class Advance:
+    """Lets a patience hear whenever a save has come further."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._was: tuple[str | None, int] | None = None
+
+    def note(self, info: MigrationInfo | None) -> None:
+        """*info*: None if QEMU has not said."""
+        if info is None:
+            return
+        now = info.status, info.ram.transferred_bytes if info.ram is not None else 0
+        if now != self._was:
+            self._was = now
+            self._patience.tick()
 
 
 def require_alive(info: MigrationInfo) -> None:

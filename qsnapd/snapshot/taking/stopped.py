@@ -1,5 +1,6 @@
 """Strategy `stopped`: stop, pivot, save, cont. The guest stands still for the whole save."""
 
+from qsnapd.faults import Point
 from qsnapd.snapshot.taking.capture import Capture, Stopwatch
 from qsnapd.snapshot.taking.hold import hold_for_storage
 from qsnapd.snapshot.taking.saving import wait_saved
@@ -20,5 +21,6 @@ async def capture_stopped(capture: Capture) -> None:
         info = await wait_saved(capture.vm.session, "completed", watcher=capture.watch)
         capture.require_held()
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
+        await capture.job.reach(Point.CAPTURE_SAVED)
         await capture.leave_postmigrate()
         capture.watch(info)

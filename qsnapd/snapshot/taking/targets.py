@@ -13,10 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from qsnapd.errors import ImageInvalid, StoreError, TargetRefused
-from qsnapd.image.files import require_space
+from qsnapd.image.files import require_space, sync_in_parts
 from qsnapd.image.qcow2 import Header, read_header
 from qsnapd.model.plan import CheckpointPlan, OverlayPlan, Place
 from qsnapd.model.snapshot import ImageFormat, Strategy
+from qsnapd.threads import Check
 from qsnapd.vm.identity import key_of
 
 DEVICE_STATE_BYTES = 64 << 20
@@ -194,10 +195,10 @@ def _require_ready(overlay: OverlayPlan, header: Header) -> None:
         raise TargetRefused(f"disk {overlay.target}: {overlay.path} {wrong}")
 
 
-def flush_disks(plan: CheckpointPlan) -> None:
+def flush_disks(plan: CheckpointPlan, check: Check) -> None:
     """Sync the disks' files now, so that `stop` finds little to flush. Blocks.
 
-    Raises: StoreError.
+    Raises: StoreError; what *check* raises.
     """
     images = {pivot.target: pivot.overlay.backing for pivot in plan.pivots}
     images |= {disk.target: disk.frozen for disk in plan.left_out if disk.target in plan.manual}
@@ -208,8 +209,8 @@ def flush_disks(plan: CheckpointPlan) -> None:
             _log.debug("cannot pre-flush %s: %s", image, exc)
             continue
         try:
-            os.fdatasync(descriptor)
-        except OSError as exc:
-            raise StoreError(f"disk {target}: {image} cannot be synced: {exc.strerror}") from exc
+            sync_in_parts(descriptor, check)
+        except StoreError as exc:
+            raise StoreError(f"disk {target}: {image}: {exc}") from exc
         finally:
             os.close(descriptor)
