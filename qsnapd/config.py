@@ -5,7 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from qsnapd.errors import ConfigError
@@ -38,6 +46,14 @@ class DaemonConfig(Frozen):
     qemu_img: str = Field(default="qemu-img", min_length=1)
     stall_limit_s: PositiveFloat = 60.0
     """How long a job may come no further until it is given up, and undone."""
+    low_water_bytes: NonNegativeInt = 64 << 20
+    """So much stays free on each file system that a snapshot is written to."""
+    quota_bytes: PositiveInt | None = None
+    """What the snapshots of all VMs may occupy."""
+    saves_at_once: PositiveInt = 4
+    """How many VMs may save their memory at the same time; others wait."""
+    bandwidth_bytes_per_s: PositiveInt | None = None
+    """What all saves together may write, where QEMU keeps to it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     operator_group: str | None = None
     """Members may suspend, resume, checkpoint and revert, but not choose file names."""
@@ -70,6 +86,8 @@ class VmConfig(Frozen):
     """Program and arguments, run as the daemon while the guest is held for manual disks."""
     hold_limit_s: PositiveFloat = 60.0
     """How long the guest may be held for that."""
+    quota_bytes: PositiveInt | None = None
+    """What its snapshots may occupy."""
     launcher: Literal["spawn", "systemd-run", "unit", "manual"] = "spawn"
     """Who starts QEMU when the VM is put back to a snapshot."""
     unit: UnitName | None = None

@@ -34,7 +34,7 @@ QsnapError
 ├── StoreError               qsnapd's own files
 │   ├── ManifestInvalid  ManifestTooNew  ImageInvalid
 │   ├── DiskStalled          a file system does not answer
-│   └── StoreFull
+│   └── StoreFull  QuotaUsedUp
 └── ControlError             the control socket: nobody answers, or nonsense
 ```
 
@@ -323,11 +323,31 @@ class StoreFull(StoreError):
 
     def __init__(self, where: str, *, needed_bytes: int, free_bytes: int) -> None:
         super().__init__(
-            f"{where} has {free_bytes} bytes free, the snapshot may need {needed_bytes}: "
+            f"{where} has {free_bytes} bytes free, the snapshot needs {needed_bytes}: "
             "free some space or choose another target"
         )
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
+
+
+class QuotaUsedUp(StoreError):
+    """The snapshots would occupy more than the configuration allows."""
+
+    code = "quota-used-up"
+    needed_bytes: int
+    used_bytes: int
+    quota_bytes: int
+
+    def __init__(
+        self, whose: str, *, needed_bytes: int, used_bytes: int, quota_bytes: int
+    ) -> None:
+        super().__init__(
+            f"{whose} occupy {used_bytes} bytes, another one may need {needed_bytes}, and the "
+            f"quota is {quota_bytes}: delete some, or allow more"
+        )
+        self.needed_bytes = needed_bytes
+        self.used_bytes = used_bytes
+        self.quota_bytes = quota_bytes
 
 
 class ControlError(QsnapError):

@@ -40,11 +40,6 @@ class Patience:
         for scope in self._scopes:
             scope.deadline = trio.current_time() + limit_s
 
-    def suspend(self, *, suspended: bool) -> None:
-        """What goes on now keeps a deadline of its own, or does so no more."""
-        self._is_suspended = suspended
-        self.tick()
-
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """What goes on in the block keeps a deadline of its own."""
@@ -53,7 +48,19 @@ class Patience:
         try:
             yield
         finally:
-            self.suspend(suspended=before)
+            self._is_suspended = before
+            self.tick()
+
+    @contextmanager
+    def at_most(self, limit_s: float) -> Iterator[None]:
+        """What goes on in the block must come further sooner."""
+        before, self.limit_s = self.limit_s, min(self.limit_s, limit_s)
+        self.tick()
+        try:
+            yield
+        finally:
+            self.limit_s = before
+            self.tick()
 
     async def reach(self, point: Point) -> None:
         """Come as far as *point*. Raises: PlantedFault."""

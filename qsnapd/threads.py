@@ -57,13 +57,15 @@ class _Run(Generic[ResultT]):
 
 
 async def in_thread(
-    work: Callable[..., ResultT], *arguments: object, limit_s: float = FILE_LIMIT_S
+    work: Callable[..., ResultT], *arguments: object, limit_s: float | None = None
 ) -> ResultT:
     """Do *work* in a thread and return what it returns.
 
     Cancellation: before it begins, or not at all: the work is waited for.
-    Raises: DiskStalled: it is not done within *limit_s*, and goes on. What *work* raises.
+    Raises: DiskStalled: it is not done within *limit_s*, by default FILE_LIMIT_S, and goes on.
+      What *work* raises.
     """
+    limit_s = FILE_LIMIT_S if limit_s is None else limit_s
     await trio.lowlevel.checkpoint_if_cancelled()
     async with _QUICK:
         run = _Run(partial(work, *arguments))

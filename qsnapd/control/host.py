@@ -46,7 +46,11 @@ class Job(Protocol):
 
 
 class Host(Protocol):
-    """The VMs of one daemon. Every method that takes a name raises UnknownVm."""
+    """The VMs of one daemon. Every method that takes a name raises UnknownVm.
+
+    What is not async may read files, but for `name_of` and what is about jobs: it is called in
+    threads.
+    """
 
     def vms(self) -> tuple[VmInfo, ...]:
         """Return all configured VMs, by name."""

@@ -10,7 +10,7 @@ import trio
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.supervisor import Supervisor
-from qsnapd.errors import QsnapError, SnapshotExists, WrongState
+from qsnapd.errors import DiskStalled, QsnapError, SnapshotExists, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.parsing import parse_manifest
@@ -18,7 +18,7 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.moving.redefine import Present, redefine
 from qsnapd.store.renaming import copy_snapshot, finish_renaming, rename_snapshot
 from qsnapd.store.snapshots import VmStore
-from qsnapd.threads import SLOW
+from qsnapd.threads import SLOW, in_thread
 from qsnapd.vm.disks import read_disks
 
 MEND_LIMIT_S = 60.0
@@ -73,12 +73,12 @@ class Editing:
         """See `Host.set_current`."""
         supervisor = self._fleet.find(name)
         async with _prepared(supervisor, snapshot):
-            supervisor.store.manifest(snapshot)  # refuses an unknown one
+            await in_thread(supervisor.store.manifest, snapshot)  # refuses an unknown one
             await _finishing(partial(supervisor.store.set_current, snapshot))
         self._tell(name, snapshot, "set as current")
 
     async def _require_no_clones(self, name: str, snapshot: str) -> None:
-        clones = await trio.to_thread.run_sync(self._fleet.clones_from, name, snapshot)
+        clones = await in_thread(self._fleet.clones_from, name, snapshot)
         if clones:
             raise WrongState(
                 f"snapshot {snapshot} of VM {name} cannot be renamed: clones were made of it "
@@ -109,6 +109,9 @@ async def claimed(
     before = supervisor.attached
     try:
         yield
+    except DiskStalled as exc:
+        supervisor.mender.leave_alone(exc)
+        raise
     finally:
         supervisor.job = None  # not worth being anybody's last one
         supervisor.thawer.look()
@@ -126,7 +129,7 @@ async def _prepared(supervisor: Supervisor, snapshot: str) -> AsyncIterator[None
     """
     async with claimed(supervisor, JobKind.EDIT, snapshot):
         await supervisor.mender.mend_before_job()
-        await trio.to_thread.run_sync(_require_nothing_unfinished, supervisor.store)
+        await in_thread(_require_nothing_unfinished, supervisor.store)
         await _finishing(partial(finish_renaming, supervisor.store))
         yield
 
@@ -147,7 +150,7 @@ def _require_nothing_unfinished(store: VmStore) -> None:
 async def _finishing(work: Callable[[], object]) -> None:
     """Do it in a thread, whether or not who asked for it has left."""
     with trio.CancelScope(shield=True):
-        await trio.to_thread.run_sync(work)
+        await in_thread(work)
 
 
 async def present_of(supervisor: Supervisor) -> Present:
@@ -165,7 +168,7 @@ async def present_of(supervisor: Supervisor) -> Present:
 
 
 async def _require_no_start(supervisor: Supervisor, snapshot: str) -> None:
-    entry = await trio.to_thread.run_sync(supervisor.store.next_start.read)
+    entry = await in_thread(supervisor.store.next_start.read)
     if entry is not None and entry.plan.name == snapshot:
         raise WrongState(
             f"VM {supervisor.name} is started from snapshot {snapshot} next: start it first"

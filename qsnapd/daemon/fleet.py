@@ -14,17 +14,18 @@ from pathlib import Path
 
 import trio
 
+from qsnapd.daemon.limits import Limits
 from qsnapd.daemon.supervisor import NOTHING, Supervisor
 from qsnapd.errors import QsnapError, StoreError, TargetRefused, UnknownVm, VmExists, WrongState
 from qsnapd.model.event import Event
 from qsnapd.model.plan import ClonePlan
 from qsnapd.model.registration import Registration
-from qsnapd.patience import STALL_LIMIT_S
 from qsnapd.snapshot.restoring.clone import undo_clone
 from qsnapd.snapshot.restoring.revert_plan import require_no_qemu
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import read_registration, remove_made
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.last_seen import Remembering
 from qsnapd.vm.launcher import Launcher
@@ -57,14 +58,14 @@ class Fleet(Mapping[str, Supervisor]):
         *,
         qemu_img: str,
         clone_launcher: LauncherOf,
-        stall_limit_s: float = STALL_LIMIT_S,
+        limits: Limits | None = None,
     ) -> None:
         self._store = store
         self._publish = publish
         self._watching = watching
         self._qemu_img = qemu_img
         self._clone_launcher = clone_launcher
-        self._stall_limit_s = stall_limit_s
+        self._limits = limits or Limits()
         self._watched: dict[str, _Watched] = {}
         self._configured: set[str] = set()
         self._reserved: set[str] = set()
@@ -112,7 +113,7 @@ class Fleet(Mapping[str, Supervisor]):
             instead=instead,
             provisions=provisions,
             others=partial(self.other_stores, name),
-            stall_limit_s=self._stall_limit_s,
+            limits=self._limits,
         )
         watched = _Watched(supervisor)
         self._watched[name] = watched
@@ -142,7 +143,7 @@ class Fleet(Mapping[str, Supervisor]):
         To be called when all VMs of the configuration have been added. What
         cannot be read or undone is logged.
         """
-        for name in await trio.to_thread.run_sync(self._store.names):
+        for name in await in_thread(self._store.names):
             try:
                 with trio.fail_after(UNDO_LIMIT_S):
                     await self._open_clone(name)
@@ -151,7 +152,7 @@ class Fleet(Mapping[str, Supervisor]):
 
     async def _open_clone(self, name: str) -> None:
         store = self._store.vm(name)
-        registration = await trio.to_thread.run_sync(read_registration, store)
+        registration = await in_thread(read_registration, store)
         if name in self._configured:
             if registration is not None:
                 _log.warning("VM %s is the configuration's; the clone of that name is not", name)
@@ -159,10 +160,10 @@ class Fleet(Mapping[str, Supervisor]):
         if registration is not None:
             self.add_clone(registration.source, name, Path(registration.qmp))
             return
-        entry = await trio.to_thread.run_sync(store.restoring.read)
+        entry = await in_thread(store.restoring.read)
         if entry is not None and isinstance(entry.plan, ClonePlan):
             await undo_clone(entry, store)
-            await trio.to_thread.run_sync(self._store.forget, name)
+            await in_thread(self._store.forget, name)
             _log.warning("undid the unfinished clone %s of a former daemon", name)
 
     def add_clone(self, source: str, name: str, qmp: Path) -> Supervisor:
@@ -248,11 +249,11 @@ class Fleet(Mapping[str, Supervisor]):
         daemon undoes it. Raises: StoreError.
         """
         store = self[name].store
-        if await trio.to_thread.run_sync(read_registration, store) is not None:
+        if await in_thread(read_registration, store) is not None:
             return
         await self.stop(name)
         if is_undone:
-            await trio.to_thread.run_sync(self._store.forget, name)
+            await in_thread(self._store.forget, name)
 
     def _clones_of(self, name: str) -> list[str]:
         stores = {other: self[other].store for other in self if other not in self._configured}
@@ -281,44 +282,44 @@ class Fleet(Mapping[str, Supervisor]):
             raise WrongState(
                 f"VM {name} is {supervisor.tracker.condition.state.text}: shut it down first"
             )
-        await trio.to_thread.run_sync(require_no_qemu, name, supervisor.qmp)
+        await in_thread(require_no_qemu, name, supervisor.qmp)
         kept = sorted({*supervisor.store.snapshots(), *supervisor.store.problems()})
         if kept:
             raise WrongState(
                 f"VM {name} has snapshots ({', '.join(kept)}), whose files would belong to nobody"
             )
-        begun = await trio.to_thread.run_sync(supervisor.store.partials)
+        begun = await in_thread(supervisor.store.partials)
         if begun:
             raise WrongState(
                 f"VM {name} is getting a snapshot right now ({', '.join(begun)}): wait for that to "
                 "end"
             )
-        clones = await trio.to_thread.run_sync(self._clones_of, name)
+        clones = await in_thread(self._clones_of, name)
         if clones:
             raise WrongState(
                 f"VM {name} is needed: clones were made of it: {', '.join(clones)}. Their disks "
                 "lie over its own; undefine these first"
             )
-        registration = await trio.to_thread.run_sync(read_registration, supervisor.store)
+        registration = await in_thread(read_registration, supervisor.store)
         stores = [supervisor.store]
         if registration is not None:
             with suppress(UnknownVm):
                 stores.append(self.store_of_source(registration))
-        await trio.to_thread.run_sync(_require_ended, name, stores)
+        await in_thread(_require_ended, name, stores)
         if self.get(name) is not supervisor or supervisor.job or supervisor.attached:
             raise WrongState(f"VM {name}: somebody else is changing it right now")
         with trio.CancelScope(shield=True):
             await self.stop(name)
             try:
-                await trio.to_thread.run_sync(self._store.require_no_snapshots, name)
+                await in_thread(self._store.require_no_snapshots, name)
                 removed: tuple[str, ...] = ()
                 if registration is not None:
-                    images = await trio.to_thread.run_sync(supervisor.store.made.files)
+                    images = await in_thread(supervisor.store.made.files)
                     files = [made.file for made in images]
-                    removed = await trio.to_thread.run_sync(
+                    removed = await in_thread(
                         lambda: remove_made(registration, storage=remove_storage, images=files)
                     )
-                await trio.to_thread.run_sync(self._store.forget, name)
+                await in_thread(self._store.forget, name)
             except StoreError:
                 self.add(name, supervisor.qmp, supervisor.launcher, configured=False)
                 raise

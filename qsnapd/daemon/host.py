@@ -3,11 +3,10 @@
 Implements `control.host.Host`; decides nothing.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import UTC, datetime
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import trio
@@ -16,13 +15,13 @@ from qsnapd.daemon import agents
 from qsnapd.daemon.editing import Editing
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
-from qsnapd.daemon.supervisor import Supervisor
+from qsnapd.daemon.jobs import Jobs
 from qsnapd.daemon.upkeep import Upkeep
-from qsnapd.errors import Effect, WrongState
+from qsnapd.errors import WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.findings import StoreCheck
 from qsnapd.model.freeze import Filesystem
-from qsnapd.model.job import JobInfo, JobKind, Phase
+from qsnapd.model.job import JobInfo, JobKind
 from qsnapd.model.launch import LaunchInfo
 from qsnapd.model.request import CloneRequest, CreateRequest, DeleteRequest, RevertRequest
 from qsnapd.model.snapshot import Manifest
@@ -31,7 +30,6 @@ from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, ScanResu
 from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 from qsnapd.snapshot.deleting.deletions import Deletions
-from qsnapd.snapshot.deleting.former_names import note_disks
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.moving.export import export_snapshot
 from qsnapd.snapshot.moving.imported import import_snapshot, notes
@@ -47,15 +45,11 @@ from qsnapd.snapshot.restoring.revert_plan import describe_launch
 from qsnapd.snapshot.restoring.switch import DETACH_LIMIT_S
 from qsnapd.snapshot.restoring.verify import verify_snapshot
 from qsnapd.snapshot.taking.create import Checkpoint
+from qsnapd.threads import in_thread
 from qsnapd.vm.disks import read_disks
 from qsnapd.vm.launch import Parent
 from qsnapd.vm.process import still_runs
 
-_SNAPSHOT_EVENTS = {
-    (JobKind.CREATE, Phase.DONE): "created",
-    (JobKind.REVERT, Phase.DONE): "reverted",
-    (JobKind.CLONE, Phase.DONE): "cloned",
-}
 _ASKERS_OWN = (JobKind.EDIT, JobKind.REPAIR)
 """Jobs that are part of a client's call."""
 
@@ -73,9 +67,8 @@ class LocalHost:
     ) -> None:
         self._fleet = fleet
         self._events = events
-        self._jobs = jobs
+        self._jobs = Jobs(events, jobs)
         self._qemu_img = qemu_img
-        self._numbers = count(1)
         self._rehearsals = set[str]()
         self._editing = Editing(fleet, events)
         self._upkeep = Upkeep(fleet, events)
@@ -112,7 +105,7 @@ class LocalHost:
     async def disks(self, name: str) -> tuple[DiskInfo, ...]:
         vm = self._fleet.find(name).require_attached()
         disks = await read_disks(vm.session, vm.identity.pid)
-        return await trio.to_thread.run_sync(lambda: tuple(disk.info() for disk in disks))
+        return await in_thread(lambda: tuple(disk.info() for disk in disks))
 
     async def suspend(self, name: str) -> None:
         supervisor = self._fleet.find(name)
@@ -148,13 +141,15 @@ class LocalHost:
     async def create(self, name: str, request: CreateRequest) -> Job:
         supervisor = self._fleet.find(name)
         vm = supervisor.require_attached()
-        job = self._new_job(supervisor, JobKind.CREATE, request.name)
+        job = self._jobs.new(supervisor, JobKind.CREATE, request.name)
         supervisor.claim(job)
         checkpoint = Checkpoint(
             *(vm, supervisor.store, job),
             qemu_img=self._qemu_img,
             provisions=supervisor.provisions,
             launcher=supervisor.launcher,
+            room=supervisor.room,
+            saves=supervisor.saves,
         )
 
         async def take() -> Manifest:
@@ -164,34 +159,34 @@ class LocalHost:
                     await supervisor.wait_detached()
             return manifest
 
-        self._start(supervisor, job, take)
+        self._jobs.start(supervisor, job, take)
         return job
 
     async def revert(self, name: str, request: RevertRequest) -> Job:
         supervisor = self._fleet.find(name)
-        supervisor.store.manifest(request.name)  # refuses an unknown one at once
-        job = self._new_job(supervisor, JobKind.REVERT, request.name)
+        await in_thread(supervisor.store.manifest, request.name)  # refuses an unknown one
+        job = self._jobs.new(supervisor, JobKind.REVERT, request.name)
         supervisor.claim(job)
         revert = Revert(supervisor, job, qemu_img=self._qemu_img)
-        self._start(supervisor, job, lambda: revert.run(request))
+        self._jobs.start(supervisor, job, lambda: revert.run(request))
         return job
 
     async def delete(self, name: str, request: DeleteRequest) -> Job:
         supervisor = self._fleet.find(name)
-        supervisor.store.manifest(request.name)  # refuses an unknown one at once
-        job = self._new_job(supervisor, JobKind.DELETE, request.name)
+        await in_thread(supervisor.store.manifest, request.name)  # refuses an unknown one
+        job = self._jobs.new(supervisor, JobKind.DELETE, request.name)
         supervisor.claim(job)
         deletions = Deletions(
             *(supervisor, job, supervisor.others),
             qemu_img=self._qemu_img,
             tell=partial(self._publish_snapshot, supervisor.name, "deleted"),
         )
-        self._start(supervisor, job, lambda: deletions.run(request))
+        self._jobs.start(supervisor, job, lambda: deletions.run(request))
         return job
 
     async def clone(self, name: str, request: CloneRequest) -> Job:
         source = self._fleet.find(name)
-        manifest = source.store.manifest(request.name)
+        manifest = await in_thread(source.store.manifest, request.name)
         with ExitStack() as reading, self._fleet.reserved(request.clone):
             reader = f"clone {request.clone}, which is being made,"
             reading.enter_context(source.store.leases.reading(request.name, reader))
@@ -199,10 +194,10 @@ class LocalHost:
                 manifest,
                 qemu_img=self._qemu_img,
                 force=request.force,
-                others=source.store.snapshots().values(),
+                others=(await in_thread(source.store.snapshots)).values(),
             )
             directory = self._fleet.directory(request.clone)
-            plan = await trio.to_thread.run_sync(
+            plan = await in_thread(
                 partial(
                     plan_clone,
                     *(manifest, request, Parent(instead=source.parent.instead)),
@@ -215,7 +210,7 @@ class LocalHost:
             self._fleet.require_own_monitor(request.clone, Path(plan.qmp))
             supervisor = self._fleet.add_clone(name, request.clone, Path(plan.qmp))
             needed = reading.pop_all()
-        job = self._new_job(supervisor, JobKind.CLONE, request.name)
+        job = self._jobs.new(supervisor, JobKind.CLONE, request.name)
         differences = map(str, found.differences)
         job.notes = (*plan.notes, *differences, *found.notes, *eager_note(plan))
         supervisor.claim(job)
@@ -232,7 +227,7 @@ class LocalHost:
                     )
                 raise
 
-        self._start(supervisor, job, make)
+        self._jobs.start(supervisor, job, make)
         return job
 
     async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
@@ -240,28 +235,29 @@ class LocalHost:
 
     async def start(self, name: str) -> Job:
         supervisor = self._fleet.find(name)
-        clone = await trio.to_thread.run_sync(self._fleet.registration, name)
-        planned = await trio.to_thread.run_sync(supervisor.store.next_start.read)
-        job = self._new_job(supervisor, JobKind.START, supervisor.store.current())
+        clone = await in_thread(self._fleet.registration, name)
+        planned = await in_thread(supervisor.store.next_start.read)
+        current = await in_thread(supervisor.store.current)
+        job = self._jobs.new(supervisor, JobKind.START, current)
         if clone is None or planned is not None:
             supervisor.claim(job)
-            self._start(supervisor, job, lambda: boot(supervisor, job))
+            self._jobs.start(supervisor, job, lambda: boot(supervisor, job))
             return job
         source = self._fleet.store_of_source(clone)
-        manifest = source.manifest(clone.snapshot)
+        manifest = await in_thread(source.manifest, clone.snapshot)
         supervisor.claim(job)
 
         async def boot_again() -> Manifest:
             await boot_clone(supervisor, job, clone, source)
             return manifest
 
-        self._start(supervisor, job, boot_again)
+        self._jobs.start(supervisor, job, boot_again)
         return job
 
     async def launch(self, name: str, request: RevertRequest) -> LaunchInfo:
         supervisor = self._fleet.find(name)
-        manifest = supervisor.store.manifest(request.name)
-        return await trio.to_thread.run_sync(
+        manifest = await in_thread(supervisor.store.manifest, request.name)
+        return await in_thread(
             describe_launch, manifest, request, supervisor.parent
         )
 
@@ -281,7 +277,7 @@ class LocalHost:
             supervisor.store, request, descriptor=descriptor, tell=tell
         )
         self._publish_snapshot(name, "imported", manifest.name)
-        return manifest.name, await trio.to_thread.run_sync(notes, manifest, supervisor.qmp)
+        return manifest.name, await in_thread(notes, manifest, supervisor.qmp)
 
     async def take_in_metadata(
         self, name: str, text: str, new_name: str | None, tell: Tell
@@ -296,53 +292,12 @@ class LocalHost:
 
     async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
         store = self._fleet.find(name).store
-        manifest = store.manifest(snapshot)
+        manifest = await in_thread(store.manifest, snapshot)
         reading = store.leases.reading(snapshot, "a verification")
         with reading, only_one(self._rehearsals, name) if deep else nullcontext():
             return await verify_snapshot(
                 manifest, deep=deep, directory=store.directory, qemu_img=self._qemu_img
             )
-
-    def _new_job(self, supervisor: Supervisor, kind: JobKind, snapshot: str | None) -> Job:
-        return Job(
-            *(next(self._numbers), supervisor.name, kind, snapshot, self._publish_job),
-            stall_limit_s=supervisor.stall_limit_s,
-        )
-
-    def _start(
-        self, supervisor: Supervisor, job: Job, work: Callable[[], Awaitable[Manifest]]
-    ) -> None:
-        async def mend_and_work() -> Manifest:
-            await supervisor.mender.mend_before_job()
-            manifest = await work()
-            # Still within the job: who waits for its end may begin another one at once.
-            with trio.CancelScope(shield=True):
-                if supervisor.attached is not None:  # its disks may have moved
-                    await supervisor.launcher.follow(supervisor.attached)
-                    await note_disks(supervisor.attached, supervisor.store)
-            return manifest
-
-        async def run() -> None:
-            try:
-                await job.run(mend_and_work)
-                if job.effect is Effect.UNKNOWN:  # undoing it has failed
-                    await supervisor.mender.mend_after_job(job)
-            finally:
-                supervisor.let_go()
-
-        self._jobs.start_soon(run, name=f"{job.kind} {job.vm}")
-
-    def _publish_job(self, job: Job) -> None:
-        publish = partial(
-            Event, vm=job.vm, at=datetime.now(UTC), snapshot=job.snapshot, job=job.info()
-        )
-        self._events.publish(publish(kind=EventKind.JOB, event=job.phase.value))
-        event = _SNAPSHOT_EVENTS.get((job.kind, job.phase))
-        if job.phase in (Phase.FAILED, Phase.CANCELLED):
-            event = "failed"
-        if event is not None:
-            detail = str(job.error) if job.error else ""
-            self._events.publish(publish(kind=EventKind.SNAPSHOT, event=event, detail=detail))
 
     def _publish_snapshot(self, vm: str, event: str, snapshot: str) -> None:
         at, kind = datetime.now(UTC), EventKind.SNAPSHOT

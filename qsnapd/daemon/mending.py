@@ -120,6 +120,10 @@ class Mender:
                 self._stalled = exc
                 raise
 
+    def leave_alone(self, stalled: DiskStalled) -> None:
+        """Mend nothing, and let no job begin, until what is stuck has come to its end."""
+        self._stalled = stalled
+
     async def rescue(self) -> None:
         """Free the guest that a former daemon's save has left frozen; past the monitor.
 
@@ -140,7 +144,8 @@ class Mender:
 
     async def mend_after_job(self, job: Job) -> None:
         """Go on undoing a job whose undoing failed, until it is done or QEMU is lost."""
-        self._stalled = job.stalled
+        if job.stalled is not None:
+            self.leave_alone(job.stalled)
         delay_s = MEND_FIRST_S
         while (vm := self._vm.attached) is not None:
             try:
@@ -200,7 +205,7 @@ class Mender:
     async def go_on_deleting(self) -> None:
         """Begin deletions again that a daemon did not finish; never returns."""
         async for name in self._to_delete:
-            if name not in self._vm.store.snapshots():
+            if name not in await in_thread(self._vm.store.snapshots):
                 continue
             job = Job(0, self._vm.name, JobKind.DELETE, name, lambda job: None)
             try:

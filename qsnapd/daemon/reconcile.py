@@ -26,6 +26,7 @@ from qsnapd.store.layout import Store
 from qsnapd.store.owed_thaw import read_owed_thaw
 from qsnapd.store.registry import read_registration
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm, attach
 from qsnapd.vm.tracker import Tracker
 
@@ -43,10 +44,10 @@ async def reconcile(config: Config) -> int:
     failures = 0
     faults.plant_from_environment()
     with Store(config.daemon.state_dir) as store:
-        for name in await trio.to_thread.run_sync(store.names):
+        for name in await in_thread(store.names):
             try:
                 with trio.fail_after(VM_LIMIT_S):
-                    if qmp := await trio.to_thread.run_sync(_monitor, config, store.vm(name)):
+                    if qmp := await in_thread(_monitor, config, store.vm(name)):
                         await _resume(name, qmp, store.vm(name))
             except (QsnapError, trio.TooSlowError) as exc:
                 failures += 1
@@ -63,10 +64,10 @@ def _monitor(config: Config, store: VmStore) -> Path | None:
 
 
 async def _resume(name: str, qmp: Path, store: VmStore) -> None:
-    checkpoint = await trio.to_thread.run_sync(store.journal.read)
-    revert = await trio.to_thread.run_sync(store.restoring.read)
-    owed = await trio.to_thread.run_sync(read_owed_thaw, store)
-    deletion = await trio.to_thread.run_sync(store.deletion.read)
+    checkpoint = await in_thread(store.journal.read)
+    revert = await in_thread(store.restoring.read)
+    owed = await in_thread(read_owed_thaw, store)
+    deletion = await in_thread(store.deletion.read)
     if checkpoint is None and revert is None and owed is None and deletion is None:
         return
     if done := await rescue_left(store):  # before anything is asked: it would not answer

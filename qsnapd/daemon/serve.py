@@ -22,6 +22,7 @@ from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.host import LocalHost
 from qsnapd.daemon.launchers import launcher_for, launcher_for_clone
+from qsnapd.daemon.limits import Limits
 from qsnapd.qmp.agent import GuestAgent
 from qsnapd.store.layout import Store
 from qsnapd.vm.launcher import Launcher
@@ -52,7 +53,7 @@ async def serve(config: Config) -> None:
                 *(store, events.publish, watching),
                 qemu_img=settings.qemu_img,
                 clone_launcher=partial(_clone_launcher, config),
-                stall_limit_s=settings.stall_limit_s,
+                limits=Limits.of(settings),
             )
             for name, vm in config.vm.items():
                 fleet.add(
@@ -77,6 +78,7 @@ def _provisions(vm: VmConfig) -> Provisions:
         freeze_limit_s=vm.freeze_limit_s,
         hook=vm.hook or (),
         hold_limit_s=vm.hold_limit_s,
+        quota_bytes=vm.quota_bytes,
     )
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import trio
 
+from qsnapd.daemon.limits import Limits
 from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.remembered import recall, remember
 from qsnapd.daemon.thawing import Thawer
@@ -20,15 +21,16 @@ from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, Vm
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition, State
-from qsnapd.patience import STALL_LIMIT_S
 from qsnapd.qmp.bridge import open_bridge
 from qsnapd.qmp.commands import QueryStatus
 from qsnapd.snapshot.deleting.delete import Others
 from qsnapd.snapshot.deleting.former_names import note_disks
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.moving import export, imported
+from qsnapd.snapshot.taking.room import Room
 from qsnapd.store.renaming import finish_renaming
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm, attach
 from qsnapd.vm.condition import lifecycle_event
 from qsnapd.vm.launch import Parent
@@ -68,7 +70,7 @@ class Supervisor:
         instead: Mapping[str, str] = NOTHING,
         provisions: Provisions = NO_PROVISIONS,
         others: Others = tuple,
-        stall_limit_s: float = STALL_LIMIT_S,
+        limits: Limits | None = None,
     ) -> None:
         self.name = name
         self.qmp = qmp
@@ -85,8 +87,16 @@ class Supervisor:
         self.last_job: Job | None = None
         self.starting: Condition | None = None
         """What the next QEMU that attaches stands still for, if a job is starting it."""
-        self.stall_limit_s = stall_limit_s
-        self.mender = Mender(self, publish, qemu_img=qemu_img, stall_limit_s=stall_limit_s)
+        limits = limits or Limits()
+        self.stall_limit_s = limits.stall_limit_s
+        self.saves = limits.saves
+        self.room = Room(
+            *(store, others),
+            low_water_bytes=limits.low_water_bytes,
+            quota_bytes=provisions.quota_bytes,
+            total_quota_bytes=limits.quota_bytes,
+        )
+        self.mender = Mender(self, publish, qemu_img=qemu_img, stall_limit_s=self.stall_limit_s)
         self.thawer = Thawer(self, publish)
         self._publish = publish
         self.made_at_s = time.time() - FILE_CLOCK_LAG_S
@@ -98,7 +108,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Keep the VM attached whenever its QEMU answers; never returns."""
-        await trio.to_thread.run_sync(self._look_through_store)
+        await in_thread(self._look_through_store)
         await self.mender.rescue()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_condition)
@@ -174,7 +184,7 @@ class Supervisor:
         Preconditions: no job changes the VM.
         """
         await self.mender.mend_attached(vm)
-        await trio.to_thread.run_sync(self.store.next_start.clear)
+        await in_thread(self.store.next_start.clear)
         await self.launcher.abandon()
 
     def _announce(self) -> None:
@@ -218,7 +228,7 @@ class Supervisor:
                 continue
             remembered = partial(remember, self.store, vm.identity, self.tracker.condition)
             try:
-                await trio.to_thread.run_sync(remembered)
+                await in_thread(remembered)
             except StoreError as exc:
                 _log.warning("VM %s: the next daemon will not know its state: %s", self.name, exc)
 

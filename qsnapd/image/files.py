@@ -122,15 +122,15 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def free_bytes(directory: Path) -> int:
-    """How much an unprivileged writer can still put into *directory*'s file system.
+def free_bytes(where: Path | int) -> int:
+    """How much an unprivileged writer can still put into the file system of *where*.
 
-    Raises: TargetRefused: there is no such directory.
+    *where*: a directory, or a descriptor. Raises: TargetRefused: there is no such directory.
     """
     try:
-        status = os.statvfs(directory)
+        status = os.statvfs(where)
     except OSError as exc:
-        raise _refused(directory, exc, "use") from exc
+        raise _refused(Path(str(where)), exc, "use") from exc
     return status.f_bavail * status.f_frsize
 
 

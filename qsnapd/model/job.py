@@ -23,6 +23,8 @@ class JobKind(StrEnum):
 class Phase(StrEnum):
     """How far a job has come; every job goes down this list, skipping what it does not do."""
 
+    WAITING = "waiting"
+    """As many save their memory already as may at the same time; nothing is touched."""
     PREPARING = "preparing"
     """Checks, files, overlays: the guest runs and knows nothing."""
     FREEZING = "freezing"

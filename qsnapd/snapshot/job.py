@@ -1,7 +1,8 @@
 """One running operation on a VM: what it does now, how far it is, and a way to cancel it."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import trio
@@ -31,8 +32,6 @@ _OUTCOMES = {
 
 
 _INSTRUCTING = (Phase.STARTING, Phase.HOLDING)
-_WITH_DEADLINES = (Phase.FREEZING, Phase.HOLDING, Phase.STARTING, Phase.MERGING)
-"""What is waited for there keeps deadlines of its own."""
 
 
 class Job:
@@ -125,12 +124,24 @@ class Job:
         self.phase = phase
         if phase is not Phase.UNDOING:
             self._last_at_work = phase
-        self.patience.suspend(suspended=phase in _WITH_DEADLINES)
+        self.patience.tick()
         self._tell()
 
     async def reach(self, point: Point) -> None:
         """Come as far as *point*. Raises: PlantedFault."""
         await self.patience.reach(point)
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Let no cancelling into the block: what it does has to come to an end.
+
+        Raises: JobStalled: it comes no further, and what it leaves is not known.
+        """
+        with trio.CancelScope(shield=True) as scope, self.patience.extending(scope):
+            yield
+        if scope.cancelled_caught:
+            self.effect = Effect.UNKNOWN
+            raise self._stalled()
 
     def report(self, progress: Progress) -> None:
         if progress != self.progress:
@@ -180,6 +191,8 @@ class Job:
                 self.error = self._given_up()
         except QsnapError as exc:
             self.error = exc
+            if isinstance(exc, DiskStalled):
+                self.stalled = exc
         except OSError as exc:
             # The world's doing, wherever it was not foreseen: no reason to end other VMs' daemon.
             _log.exception("VM %s: the %s job failed", self.vm, self.kind)
@@ -197,11 +210,15 @@ class Job:
             self._tell()
 
     def _given_up(self) -> QsnapError:
-        outcome = self.outcome or _OUTCOMES[self.effect]
         if self._cancelled_by_user:
+            outcome = self.outcome or _OUTCOMES[self.effect]
             return JobCancelled(
                 f"the job on VM {self.vm} was cancelled; {outcome}", effect=self.effect
             )
+        return self._stalled()
+
+    def _stalled(self) -> JobStalled:
+        outcome = self.outcome or _OUTCOMES[self.effect]
         return JobStalled(
             f"the job on VM {self.vm} came no further for {self.patience.limit_s:g} s in phase "
             f"{self._last_at_work}, and was given up; {outcome}",

@@ -24,6 +24,7 @@ from qsnapd.qmp.commands import (
 )
 from qsnapd.qmp.session import QmpSession
 from qsnapd.qmp.transport import QmpTransport
+from qsnapd.threads import in_thread
 from qsnapd.vm.cpu import read_cpu
 from qsnapd.vm.identity import ProcessIdentity, peer_of, read_process
 from qsnapd.vm.tracker import Tracker
@@ -153,8 +154,8 @@ async def attach(
 
     Raises: SessionLost: it has ended. VmError: it cannot be looked into. QMP's errors.
     """
-    identity = await trio.to_thread.run_sync(peer_of, sock)
-    process = await trio.to_thread.run_sync(read_process, identity)
+    identity = await in_thread(peer_of, sock)
+    process = await in_thread(read_process, identity)
     session = QmpSession(bridge)
     session.listen(tracker.on_event)
     return await learn(name, session, tracker, identity, process)

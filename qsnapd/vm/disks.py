@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-import trio
-
 from qsnapd.errors import CommandRefused
 from qsnapd.model.base import Frozen
 from qsnapd.model.snapshot import FileIdentity
@@ -15,6 +13,7 @@ from qsnapd.model.vm import DeviceKind, DiskInfo
 from qsnapd.qmp.block import BitmapInfo, BlockInfo, NodeInfo, QueryBlock
 from qsnapd.qmp.commands import FdsetInfo, QomGet, QueryFdsets
 from qsnapd.qmp.session import QmpSession
+from qsnapd.threads import in_thread
 from qsnapd.vm.identity import plain_name, resolve_image_path
 from qsnapd.vm.layer_names import read_layer_names
 from qsnapd.vm.proc import FileKey, open_files
@@ -103,7 +102,7 @@ async def read_disks(session: QmpSession, pid: int) -> tuple[Disk, ...]:
     types = [str(await _property(session, device, "type") or "") for device in devices]
     shared = [await _property(session, device, "share-rw") is True for device in devices]
     names = await read_layer_names(session, devices)
-    files = await trio.to_thread.run_sync(open_files, pid)
+    files = await in_thread(open_files, pid)
     named = {fdset.fdset_id: path for fdset in fdsets if (path := _handed_path(fdset))}
     return tuple(
         _disk(

@@ -3,13 +3,12 @@
 import logging
 from pathlib import Path
 
-import trio
-
 from qsnapd.errors import QsnapError
 from qsnapd.model.plan import Launch
 from qsnapd.model.registration import LastSeen, SeenDisk
 from qsnapd.store.registry import note_last_seen
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import read_disks
 from qsnapd.vm.launcher import Launcher, Started
@@ -53,7 +52,7 @@ class Remembering:
                     if disk.left_out is None
                 ),
             )
-            await trio.to_thread.run_sync(note_last_seen, self._store, seen)
+            await in_thread(note_last_seen, self._store, seen)
         except QsnapError as exc:
             _log.warning("VM %s: once shut off, it may not start again: %s", vm.name, exc)
 

@@ -7,6 +7,7 @@ import signal
 import trio
 
 from qsnapd.errors import Effect, SessionLost, VmError
+from qsnapd.threads import in_thread
 from qsnapd.vm.identity import ProcessIdentity, identify, open_pidfd, wait_exit
 from qsnapd.vm.proc import find_launched
 
@@ -71,7 +72,7 @@ async def end_launched(token: str) -> None:
 
     For a plan whose guest has not run: nothing is lost with it.
     """
-    while (pid := await trio.to_thread.run_sync(find_launched, token)) is not None:
+    while (pid := await in_thread(find_launched, token)) is not None:
         try:
             identity = identify(pid)
         except SessionLost:

@@ -18,6 +18,8 @@ class Provisions:
     """Program and arguments to run while the guest is held for manual disks."""
     hold_limit_s: float = 60.0
     """How long it may be held."""
+    quota_bytes: int | None = None
+    """What its snapshots may occupy."""
 
     def require_agent(self, vm: str) -> GuestAgent:
         """The agent of *vm*, whose provisions these are. Raises: AgentAbsent: it has none."""

@@ -13,6 +13,8 @@ from qsnapd.model.state import Condition
 from qsnapd.snapshot.restoring.preflight import Preflight
 from qsnapd.snapshot.restoring.revert import KEPT, Revert
 from qsnapd.snapshot.restoring.switch import Switch
+from qsnapd.snapshot.taking.room import Room
+from qsnapd.snapshot.taking.saves import Saves
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.launch import NOBODY
 from qsnapd.vm.launcher import Launcher
@@ -36,6 +38,8 @@ class OneVm:
         self.tracker = scene.vm.tracker
         self.launcher: Launcher = Spawn()
         self.parent = NOBODY
+        self.room = Room(scene.store)
+        self.saves = Saves()
         self.attached: AttachedVm | None = scene.vm
 
     async def wait_attached(self) -> AttachedVm:

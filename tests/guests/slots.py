@@ -1,8 +1,14 @@
 """What the slots guest (slots.c) says on its serial port, read and judged."""
 
 import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+SLOTS = 256
+_SLOT = struct.Struct("<QQQQ")
+"""How a slot begins: a magic number, disk, slot, sequence number."""
+_MAGIC = 0x51534E4150534C54
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,21 @@ def parse_okay(line: str) -> Okay | None:
     """Return what an OK line says, or None if *line* is not one."""
     found = re.fullmatch(r"OK (\d+) (\d+) (\d+) (\d+)", line.strip())
     return Okay(*map(int, found.groups())) if found else None
+
+
+def least_writes(disk: bytes) -> int:
+    """Return how often that slot of a disk was written that was written the least.
+
+    *disk* is all that it holds. Raises: ValueError: a slot is none, so something was lost.
+    """
+    stride_bytes = len(disk) // SLOTS
+    writes: list[int] = []
+    for slot in range(SLOTS):
+        magic, _, number, seq = _SLOT.unpack_from(disk, slot * stride_bytes)
+        if (magic, number) != (_MAGIC, slot):
+            raise ValueError(f"slot {slot} of the disk was never written")
+        writes.append(seq)
+    return min(writes)
 
 
 def read_serial(lines: Iterable[str]) -> SlotsReport:

@@ -75,7 +75,7 @@ def test_the_sample_unit_goes_with_its_configuration(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("[deamon]", "unknown key deamon (there is no 'deamon'; known: daemon, vm)"),
-        ("[daemon]\nsockte = '/x'", "unknown key daemon.sockte (there is no 'sockte'; known: log_"),
+        ("[daemon]\nsockte = '/x'", "unknown key daemon.sockte (there is no 'sockte'; known: band"),
         (
             "[vm.a]\nqmp = '/x'\nagnet = '/y'",
             "unknown key vm.a.agnet (there is no 'agnet'; known: a",

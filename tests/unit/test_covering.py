@@ -3,7 +3,7 @@
 from itertools import product
 from math import prod
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from tests.real.covering import covering_cases, pairs_of
@@ -11,6 +11,7 @@ from tests.real.covering import covering_cases, pairs_of
 sizes = some.lists(some.integers(1, 4), min_size=2, max_size=5)
 
 
+@settings(deadline=None)  # a busy machine is no reason to fail
 @given(sizes)
 def test_every_pair_and_few_cases(sizes: list[int]) -> None:
     choices = [range(size) for size in sizes]

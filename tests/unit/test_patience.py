@@ -35,9 +35,8 @@ async def test_what_has_a_deadline_of_its_own(autojump_clock: trio.testing.MockC
     with trio.CancelScope() as scope, patience.extending(scope):
         with patience.suspended():
             await trio.sleep(1000)
-        patience.suspend(suspended=True)
-        await trio.sleep(1000)
-        patience.suspend(suspended=False)
+        with patience.suspended(), patience.suspended():
+            await trio.sleep(1000)
         await trio.sleep_forever()
     assert scope.cancelled_caught
     assert trio.current_time() == pytest.approx(2010)

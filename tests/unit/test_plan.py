@@ -20,7 +20,8 @@ from qsnapd.qmp.block import BitmapInfo, JobInfo
 from qsnapd.qmp.migration import MigrationInfo
 from qsnapd.snapshot.taking.plan import plan_checkpoint
 from qsnapd.snapshot.taking.plan_disks import CHAIN_LIMIT
-from qsnapd.snapshot.taking.saving_plan import UNLIMITED_BYTES_PER_S, plan_saving
+from qsnapd.snapshot.taking.saves import UNLIMITED_BYTES_PER_S
+from qsnapd.snapshot.taking.saving_plan import plan_saving
 from tests.unit.situations import DIRECTORY, disk, situation
 
 MAPPED, STREAM = ImageFormat.MAPPED_RAM, ImageFormat.STREAM

@@ -13,6 +13,7 @@ from qsnapd.errors import UnknownSnapshot
 from qsnapd.model.base import Frozen
 from qsnapd.model.job import JobInfo
 from qsnapd.model.snapshot import Manifest
+from qsnapd.threads import in_thread
 
 More = Callable[[Frozen], Awaitable[None]]
 """Sends a reply that will be followed by others."""
@@ -54,7 +55,7 @@ async def follow(job: Job, host: Host, more: More | None) -> ProgressReply:
             await more(ProgressReply(job=info))
             info = await job.changed(info)
     manifest = await job.wait()
-    return ProgressReply(job=job.info(), snapshot=_described(host, manifest))
+    return ProgressReply(job=job.info(), snapshot=await in_thread(_described, host, manifest))
 
 
 def _described(host: Host, manifest: Manifest) -> Snapshot:
@@ -67,10 +68,12 @@ def _described(host: Host, manifest: Manifest) -> Snapshot:
 
 
 def all_snapshots(host: Host, vm: str) -> tuple[Snapshot, ...]:
+    """Blocks."""
     return placed(host.snapshots(vm), host.current(vm), host.users(vm))
 
 
 def one_snapshot(host: Host, vm: str, name: str) -> Snapshot:
+    """Blocks. Raises: UnknownSnapshot."""
     for snapshot in all_snapshots(host, vm):
         if snapshot.name == name:
             return snapshot

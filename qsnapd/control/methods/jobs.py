@@ -8,6 +8,7 @@ from qsnapd.model.base import Frozen
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo
 from qsnapd.model.names import VmName
+from qsnapd.threads import in_thread
 
 
 class JobReply(Frozen):
@@ -62,7 +63,7 @@ class Subscribe(Method):
 
     async def answer(self, host: Host, more: More | None) -> EventReply:
         if self.vm is not None:
-            host.vm(self.vm)
+            await in_thread(host.vm, self.vm)
         assert more is not None, "the server refuses Subscribe without more"
         with host.subscribe() as events:
             await more(EventReply(event=None))

@@ -6,6 +6,7 @@ from qsnapd.control.methods.base import Method, More, one_snapshot
 from qsnapd.control.view import Snapshot
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
+from qsnapd.threads import in_thread
 
 
 class EditedReply(Frozen):
@@ -30,7 +31,7 @@ class RedefineSnapshot(Method):
 
     async def answer(self, host: Host, more: More | None) -> EditedReply:
         name = await host.redefine(self.vm, self.manifest, current=self.current)
-        return EditedReply(snapshot=one_snapshot(host, self.vm, name))
+        return EditedReply(snapshot=await in_thread(one_snapshot, host, self.vm, name))
 
 
 class RenameSnapshot(Method):
@@ -43,7 +44,7 @@ class RenameSnapshot(Method):
 
     async def answer(self, host: Host, more: More | None) -> EditedReply:
         await host.rename_snapshot(self.vm, self.name, self.new_name)
-        return EditedReply(snapshot=one_snapshot(host, self.vm, self.new_name))
+        return EditedReply(snapshot=await in_thread(one_snapshot, host, self.vm, self.new_name))
 
 
 class CopySnapshot(Method):
@@ -56,7 +57,7 @@ class CopySnapshot(Method):
 
     async def answer(self, host: Host, more: More | None) -> EditedReply:
         await host.copy_snapshot(self.vm, self.name, self.new_name)
-        return EditedReply(snapshot=one_snapshot(host, self.vm, self.new_name))
+        return EditedReply(snapshot=await in_thread(one_snapshot, host, self.vm, self.new_name))
 
 
 class SetCurrentSnapshot(Method):
@@ -68,4 +69,4 @@ class SetCurrentSnapshot(Method):
 
     async def answer(self, host: Host, more: More | None) -> EditedReply:
         await host.set_current(self.vm, self.name)
-        return EditedReply(snapshot=one_snapshot(host, self.vm, self.name))
+        return EditedReply(snapshot=await in_thread(one_snapshot, host, self.vm, self.name))

@@ -14,6 +14,7 @@ from qsnapd.control.view import Snapshot
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
 from qsnapd.model.request import CreateRequest
+from qsnapd.threads import in_thread
 
 
 class SnapshotsReply(Frozen):
@@ -59,7 +60,7 @@ class ListSnapshots(Method):
     vm: VmName
 
     async def answer(self, host: Host, more: More | None) -> SnapshotsReply:
-        snapshots = all_snapshots(host, self.vm)
+        snapshots = await in_thread(all_snapshots, host, self.vm)
         return SnapshotsReply(snapshots=tuple(sorted(snapshots, key=lambda s: s.created_at)))
 
 
@@ -70,7 +71,7 @@ class GetSnapshot(Method):
     name: SnapshotName
 
     async def answer(self, host: Host, more: More | None) -> SnapshotReply:
-        return SnapshotReply(snapshot=one_snapshot(host, self.vm, self.name))
+        return SnapshotReply(snapshot=await in_thread(one_snapshot, host, self.vm, self.name))
 
 
 class GetCurrentSnapshot(Method):
@@ -79,5 +80,6 @@ class GetCurrentSnapshot(Method):
     vm: VmName
 
     async def answer(self, host: Host, more: More | None) -> CurrentSnapshotReply:
-        current = (snapshot for snapshot in all_snapshots(host, self.vm) if snapshot.current)
+        snapshots = await in_thread(all_snapshots, host, self.vm)
+        current = (snapshot for snapshot in snapshots if snapshot.current)
         return CurrentSnapshotReply(snapshot=next(current, None))

@@ -16,6 +16,7 @@ from qsnapd.model.snapshot import Sha256
 from qsnapd.model.transfer import ExportRequest, FileSize, ImportRequest, TransferProgress
 from qsnapd.snapshot.moving.beside import with_watcher
 from qsnapd.snapshot.moving.meter import Tell
+from qsnapd.threads import in_thread
 
 TELL_EVERY_S = 0.25
 
@@ -83,7 +84,8 @@ class ImportSnapshot(Method):
     async def answer(self, host: Host, more: More | None) -> ImportReply:
         async def take_in(tell: Tell) -> ImportReply:
             name, notes = await host.take_in(self.vm, self.request, self._descriptor, tell)
-            return ImportReply(snapshot=one_snapshot(host, self.vm, name), notes=notes)
+            snapshot = await in_thread(one_snapshot, host, self.vm, name)
+            return ImportReply(snapshot=snapshot, notes=notes)
 
         return await telling(take_in, lambda now: ImportReply(progress=now), more)
 

@@ -12,6 +12,7 @@ from qsnapd.model.names import SnapshotName, VmName
 from qsnapd.model.snapshot import AbsolutePath
 from qsnapd.model.transfer import ScanResult, TransferProgress
 from qsnapd.snapshot.moving.meter import Tell
+from qsnapd.threads import in_thread
 
 
 class CheckReply(Frozen):
@@ -66,8 +67,9 @@ class ImportMetadata(Method):
 
     async def answer(self, host: Host, more: More | None) -> ImportReply:
         async def take_in(tell: Tell) -> ImportReply:
-            found = await host.take_in_metadata(self.vm, self.manifest, self.name, tell)
-            return ImportReply(snapshot=one_snapshot(host, self.vm, found[0]), notes=found[1])
+            name, notes = await host.take_in_metadata(self.vm, self.manifest, self.name, tell)
+            snapshot = await in_thread(one_snapshot, host, self.vm, name)
+            return ImportReply(snapshot=snapshot, notes=notes)
 
         return await telling(take_in, lambda now: ImportReply(progress=now), more)
 

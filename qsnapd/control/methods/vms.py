@@ -6,6 +6,7 @@ from qsnapd.control.methods.base import Method, More
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import VmName
 from qsnapd.model.vm import DiskInfo, VmInfo
+from qsnapd.threads import in_thread
 
 
 class VmsReply(Frozen):
@@ -24,7 +25,7 @@ class ListVms(Method):
     """List the configured VMs, by name."""
 
     async def answer(self, host: Host, more: More | None) -> VmsReply:
-        return VmsReply(vms=host.vms())
+        return VmsReply(vms=await in_thread(host.vms))
 
 
 class GetVm(Method):
@@ -33,7 +34,7 @@ class GetVm(Method):
     vm: VmName
 
     async def answer(self, host: Host, more: More | None) -> VmReply:
-        return VmReply(vm=host.vm(self.vm))
+        return VmReply(vm=await in_thread(host.vm, self.vm))
 
 
 class ListDisks(Method):
@@ -53,7 +54,7 @@ class Suspend(Method):
 
     async def answer(self, host: Host, more: More | None) -> VmReply:
         await host.suspend(self.vm)
-        return VmReply(vm=host.vm(self.vm))
+        return VmReply(vm=await in_thread(host.vm, self.vm))
 
 
 class Resume(Method):
@@ -64,4 +65,4 @@ class Resume(Method):
 
     async def answer(self, host: Host, more: More | None) -> VmReply:
         await host.resume(self.vm)
-        return VmReply(vm=host.vm(self.vm))
+        return VmReply(vm=await in_thread(host.vm, self.vm))

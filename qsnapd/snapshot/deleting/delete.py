@@ -78,7 +78,7 @@ class Deletion:
         Raises: UnknownSnapshot, WrongState, Blocked: refused, nothing was touched. StoreFull,
           StoreError, VmError.
         """
-        manifest = self._store.manifest(name)
+        manifest = await in_thread(self._store.manifest, name)
         vm = self._seat.attached
         await in_thread(require_nothing_unfinished, self._store)
         plan, scene = await self._plan(vm, name)
@@ -130,8 +130,8 @@ class Deletion:
         graph = await in_thread(lambda: read_graph(store, self._others(), live))
         return Scene(
             vm=store.vm,
-            snapshots=store.snapshots(),
-            current=store.current(),
+            snapshots=await in_thread(store.snapshots),
+            current=await in_thread(store.current),
             graph=graph,
             live=live,
             pid=vm.identity.pid if vm else 0,
@@ -171,7 +171,7 @@ class Deletion:
             ):
                 await self._break_off(vm, plan, exc, was_marked=was_marked)
             raise
-        with trio.CancelScope(shield=True):
+        with self._job.shielded():
             await self.finish(vm, plan)
 
     async def _merge(self, vm: AttachedVm | None, plan: DeletePlan) -> DeletePlan:
@@ -207,7 +207,8 @@ class Deletion:
         merge = plan.merges[number]
         self._tell(plan, number, 0.0)
         self._has_committed |= merge.kind == "commit"
-        await merge_images(merge, qemu_img=self._qemu_img)
+        with self._job.patience.suspended():
+            await merge_images(merge, qemu_img=self._qemu_img)
         self._tell(plan, number, 1.0)
         plan = _done(plan, (number,))
         with trio.CancelScope(shield=True):

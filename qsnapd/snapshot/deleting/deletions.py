@@ -3,8 +3,6 @@
 import secrets
 from collections.abc import Callable
 
-import trio
-
 from qsnapd.errors import Effect, JobCancelled, QsnapError
 from qsnapd.model.request import DeleteRequest, Descendants
 from qsnapd.model.snapshot import Manifest
@@ -15,6 +13,7 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.restoring.start import Seat
 from qsnapd.store.snapshots import VmStore
 from qsnapd.store.tree import descendants
+from qsnapd.threads import in_thread
 
 
 class Deletions:
@@ -46,16 +45,16 @@ class Deletions:
         Raises: what `Deletion.run` raises.
         """
         store = self._seat.store
-        manifest = store.manifest(request.name)
-        names = order(store, request)
-        await trio.to_thread.run_sync(require_nothing_unfinished, store)
+        manifest = await in_thread(store.manifest, request.name)
+        names = await in_thread(order, store, request)
+        await in_thread(require_nothing_unfinished, store)
         for name in names:
-            await trio.to_thread.run_sync(self._refuse_used, store, name)
+            await in_thread(self._refuse_used, store, name)
         done_bytes = 0
         for left, name in zip(range(len(names), 0, -1), names, strict=True):
             try:
                 if request.metadata_only:
-                    await trio.to_thread.run_sync(self._forget, store, name)
+                    await in_thread(self._forget, store, name)
                 else:
                     deletion = Deletion(
                         *(self._seat, self._job, self._others), qemu_img=self._qemu_img

@@ -8,14 +8,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import trio
-
 from qsnapd.errors import QsnapError
 from qsnapd.image.files import identity
 from qsnapd.model.plan import OverlayPlan
 from qsnapd.model.snapshot import DiskLayer, FileIdentity, Manifest
 from qsnapd.store.made import Made, MadeFile
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import read_disks
 
@@ -57,6 +56,6 @@ async def note_disks(vm: AttachedVm, store: VmStore) -> None:
             for disk in await read_disks(vm.session, vm.identity.pid)
             if disk.left_out is None and disk.chain
         ]
-        await trio.to_thread.run_sync(store.made.saw, seen)
+        await in_thread(store.made.saw, seen)
     except QsnapError as exc:
         _log.warning("VM %s: it is not noted where its disks are: %s", vm.name, exc)

@@ -15,6 +15,7 @@ import trio
 from qsnapd.errors import Effect, ImageInvalid, StoreError
 from qsnapd.image.qcow2 import read_header
 from qsnapd.model.deletion import Image, Merge
+from qsnapd.threads import in_thread
 from qsnapd.vm.identity import is_still, key_of
 
 MERGE_LIMIT_S = 24 * 3600.0
@@ -33,7 +34,7 @@ async def merge_images(merge: Merge, *, qemu_img: str) -> None:
     else:
         words = ["rebase", "-q", "-f", "qcow2", *_onto(merge.below), merge.upper.path]
     what = f"{merge.source.path} cannot be merged into {merge.destination.path}"
-    await trio.to_thread.run_sync(_require_pair, merge)
+    await in_thread(_require_pair, merge)
     await _run(qemu_img, words, merge.upper, what, MERGE_LIMIT_S)
     await trio.to_thread.run_sync(_sync, merge.destination)
 
@@ -92,7 +93,7 @@ def _sync(image: Image) -> None:
 async def _run(qemu_img: str, words: list[str], image: Image, what: str, limit_s: float) -> None:
     """Run qemu-img as the image's owner."""
     try:
-        owner = await trio.to_thread.run_sync(Path(image.path).stat)
+        owner = await in_thread(Path(image.path).stat)
     except OSError as exc:
         raise StoreError(f"{what}: {image.path}: {exc.strerror}") from exc
     # Looked at once: else it might be another's by now, and be opened as that one.

@@ -4,8 +4,6 @@ Once all is copied it is finished, which takes a moment. Else it is broken off, 
 is free for other jobs, and begun again as a job of its own.
 """
 
-import trio
-
 from qsnapd.model.deletion import DeletePlan
 from qsnapd.model.job import JobKind
 from qsnapd.snapshot.deleting.delete import Deletion
@@ -14,6 +12,7 @@ from qsnapd.snapshot.deleting.plan import affected
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.restoring.start import Seat
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 
 
@@ -26,14 +25,14 @@ async def recover_deletion(
     Idempotent: cut off anywhere, the next call goes on. (None, None) if there was nothing.
     Raises: VmError, StoreError, WrongState: the journal then stands for the next attempt.
     """
-    plan = await trio.to_thread.run_sync(seat.store.deletion.read)
+    plan = await in_thread(seat.store.deletion.read)
     if plan is None:
         return None, None
     job = Job(0, seat.name, JobKind.DELETE, plan.name, lambda job: None)
     deletion = Deletion(seat, job, lambda: (), qemu_img=qemu_img)
-    names = await trio.to_thread.run_sync(_affected, plan, seat.store)
+    names = await in_thread(_affected, plan, seat.store)
     with seat.store.leases.changing(names, f"deleting snapshot {plan.name} is being finished"):
-        return await _finish_or_give_up(deletion, vm, plan)
+        return await _finish_or_give_up(deletion, job, vm, plan)
 
 
 def _affected(plan: DeletePlan, store: VmStore) -> frozenset[str]:
@@ -41,10 +40,10 @@ def _affected(plan: DeletePlan, store: VmStore) -> frozenset[str]:
 
 
 async def _finish_or_give_up(
-    deletion: Deletion, vm: AttachedVm | None, plan: DeletePlan
+    deletion: Deletion, job: Job, vm: AttachedVm | None, plan: DeletePlan
 ) -> tuple[str | None, str | None]:
     if plan.done or plan.switched:
-        with trio.CancelScope(shield=True):
+        with job.shielded():
             await deletion.go_on(vm, plan)
         return f"finished deleting snapshot {plan.name}", None
     await deletion.give_up(vm, plan)
@@ -56,7 +55,7 @@ async def release_guest(vm: AttachedVm, store: VmStore) -> None:
 
     Raises: VmError, StoreError.
     """
-    plan = await trio.to_thread.run_sync(store.deletion.read)
+    plan = await in_thread(store.deletion.read)
     if plan is None:
         return
     merges = LiveMerges(vm.session, plan.token)

@@ -1,7 +1,5 @@
 """Starting a VM that a revert to a disk-only snapshot has left shut off."""
 
-import trio
-
 from qsnapd.errors import WrongState
 from qsnapd.model.plan import RevertPlan
 from qsnapd.model.snapshot import Manifest
@@ -10,6 +8,7 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.restoring.revert_plan import require_no_qemu
 from qsnapd.snapshot.restoring.start import Seat, start
 from qsnapd.snapshot.restoring.switch import hold_lease
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 
 
@@ -22,7 +21,7 @@ async def boot(seat: Seat, job: Job) -> Manifest:
     Raises: WrongState: it runs, or no revert has left such a plan. VmError.
       StoreError: it runs, and that could not be written down.
     """
-    entry = await trio.to_thread.run_sync(seat.store.next_start.read)
+    entry = await in_thread(seat.store.next_start.read)
     if seat.attached is None:
         require_no_qemu(seat.name, seat.qmp)
     if seat.attached is not None or entry is None or not isinstance(entry.plan, RevertPlan):
@@ -35,12 +34,12 @@ async def boot(seat: Seat, job: Job) -> Manifest:
     await seat.launcher.prepare(plan.launch, lasting=True)
     job.instruction = seat.launcher.instruction(plan.launch)
     vm = await start(seat, plan, job, made=entry.made, shown_as=shown_as)
-    with trio.CancelScope(shield=True):
+    with job.shielded():
         await vm.ensure_running(shown_as)
-        manifest = (await trio.to_thread.run_sync(seat.store.snapshots)).get(plan.name)
+        manifest = (await in_thread(seat.store.snapshots)).get(plan.name)
         if manifest is not None:
             await hold_lease(vm, plan, seat.store)
-        await trio.to_thread.run_sync(seat.store.next_start.clear)
+        await in_thread(seat.store.next_start.clear)
     return manifest or _deleted(vm, plan)
 
 

@@ -76,7 +76,7 @@ class Clone:
                 await undo_clone(entry, store)
                 self.is_undone = True
             raise
-        with trio.CancelScope(shield=True):
+        with self._job.shielded():
             self._job.effect = Effect.UNKNOWN
             await finish_clone(vm, plan, store)
             self._job.effect = Effect.NONE

@@ -3,8 +3,6 @@
 import secrets
 from datetime import UTC, datetime
 
-import trio
-
 from qsnapd.errors import Blocked, WrongState
 from qsnapd.model.plan import Restore
 from qsnapd.model.registration import LastSeen, Registration
@@ -15,6 +13,7 @@ from qsnapd.snapshot.restoring.start import Seat, start
 from qsnapd.snapshot.restoring.switch import hold_lease
 from qsnapd.store.registry import read_last_seen
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.identity import is_still, key_of
 from qsnapd.vm.launch import MovedDisk, Start, launch_of, read_command_line
 
@@ -29,17 +28,17 @@ async def boot_clone(seat: Seat, job: Job, registration: Registration, source: V
     """
     if seat.attached is None:
         require_no_qemu(seat.name, seat.qmp)
-    seen = await trio.to_thread.run_sync(read_last_seen, seat.store)
+    seen = await in_thread(read_last_seen, seat.store)
     if seat.attached is not None or seen is None:
         raise WrongState(
             f"VM {seat.name} is {seat.tracker.condition.state.text}, and there is nothing to start "
             "it from"
         )
-    plan = await trio.to_thread.run_sync(_plan, seat, registration, seen)
+    plan = await in_thread(_plan, seat, registration, seen)
     await seat.launcher.prepare(plan.launch)
     job.instruction = seat.launcher.instruction(plan.launch)
     vm = await start(seat, plan, job, made=(), shown_as=Condition.RUNNING_BOOTED)
-    with trio.CancelScope(shield=True):
+    with job.shielded():
         await vm.ensure_running(Condition.RUNNING_BOOTED)
         await hold_lease(vm, plan, source)
 

@@ -18,7 +18,7 @@ from qsnapd.snapshot.intact import check_snapshot, require_usable
 from qsnapd.snapshot.restoring.differences import Difference, compare_cpu, compare_qemu, compare_ram
 from qsnapd.snapshot.restoring.left_out import compare_left_out
 from qsnapd.snapshot.restoring.reach import KVM, check_access
-from qsnapd.threads import SLOW
+from qsnapd.threads import SLOW, in_thread
 from qsnapd.vm.argv import parse_options
 from qsnapd.vm.disks import Disk
 from qsnapd.vm.launch import DELETED
@@ -74,8 +74,8 @@ async def preflight(
         found += compare_ram(manifest.machine, options)
         found += check_host_memory(manifest, free_memory_bytes() + frees_bytes)
     left_out = partial(compare_left_out, manifest, others, present, loads=loads)
-    found += await trio.to_thread.run_sync(lambda: list(left_out()))
-    blocking = await trio.to_thread.run_sync(check_access, manifest, options)
+    found += await in_thread(lambda: list(left_out()))
+    blocking = await in_thread(check_access, manifest, options)
     found += blocking
     asked: list[Probe] = []
     async with trio.open_nursery() as nursery:

@@ -20,6 +20,7 @@ from qsnapd.errors import (
     QsnapError,
     RequestError,
     SessionLost,
+    StoreError,
     StoreFull,
     WrongState,
 )
@@ -78,14 +79,14 @@ class Revert:
         """
         seat = self._seat
         vm = seat.attached
-        manifest = seat.store.manifest(request.name)
+        manifest = await in_thread(seat.store.manifest, request.name)
         present = await read_disks(vm.session, vm.identity.pid) if vm else ()
         found = await preflight(
             manifest,
             qemu_img=self._qemu_img,
             force=request.force,
             frees_bytes=resident_bytes(vm.identity.pid) if vm else 0,
-            others=seat.store.snapshots().values(),
+            others=(await in_thread(seat.store.snapshots)).values(),
             present=present,
         )
         if vm is None:
@@ -122,7 +123,7 @@ class Revert:
             ):
                 await self._undo(vm, entry, exc)
             raise
-        with trio.CancelScope(shield=True):
+        with self._job.shielded():
             await Switch(seat, self._job, left).run(vm, entry)
         if seat.attached is not None:
             look_after(seat, seat.attached, plan, self._job, reads_ahead=request.read_ahead)
@@ -162,7 +163,12 @@ class Revert:
         )
         entry = _changed(entry, holds=True)
         await self._write(entry)
-        checkpoint = Checkpoint(vm, self._seat.store, self._job, qemu_img=self._qemu_img)
+        checkpoint = Checkpoint(
+            *(vm, self._seat.store, self._job),
+            qemu_img=self._qemu_img,
+            room=self._seat.room,
+            saves=self._seat.saves,
+        )
         try:
             kept = await checkpoint.take(request, holds=True)
             self._keeping = checkpoint
@@ -175,6 +181,12 @@ class Revert:
             ) from exc
         finally:
             self._job.snapshot = plan.name
+        if await in_thread(self._seat.store.journal.read) is not None:
+            # Whoever worked through that later would take the kept state for the current one.
+            raise StoreError(
+                f"the state that VM {plan.vm} is in was kept, and tidying up behind that is not "
+                "finished: see the log, and try again"
+            )
         self._job.kept = kept.name
         ran = kept.state == "running"
         back = partial(plan_return, kept, self._seat.parent, to_running=ran)

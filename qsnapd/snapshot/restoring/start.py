@@ -22,6 +22,8 @@ from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.restoring.load import finish_loading, load_memory
 from qsnapd.snapshot.restoring.read_ahead import read_ahead
 from qsnapd.snapshot.taking.overlays import make_overlay, publish_overlays
+from qsnapd.snapshot.taking.room import Room
+from qsnapd.snapshot.taking.saves import Saves
 from qsnapd.store.journal import Journal
 from qsnapd.store.snapshots import VmStore
 from qsnapd.threads import in_thread
@@ -47,6 +49,8 @@ class Seat(Protocol):
     tracker: Tracker
     launcher: Launcher
     parent: Parent
+    room: Room
+    saves: Saves
     attached: AttachedVm | None
     starting: Condition | None
 
@@ -111,11 +115,12 @@ async def start(
         for path in plan.loading.emptied if plan.loading is not None else ():
             await in_thread(empty_file, path, plan.launch.uid)
         started = await seat.launcher.start(plan.launch, seat.store.directory / LOG_NAME)
-        vm = await _wait_started(seat, started, plan, made)
+        with job.patience.suspended():
+            vm = await _wait_started(seat, started, plan, made)
         try:
             await job.reach(Point.REVERT_STARTED)
             if plan.loading is not None:
-                with trio.fail_after(LOAD_LIMIT_S):
+                with trio.fail_after(LOAD_LIMIT_S), job.patience.suspended():
                     await load_memory(vm, plan.loading, job)
             await job.reach(Point.REVERT_LOADED)
         except BaseException:

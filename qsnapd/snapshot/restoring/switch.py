@@ -89,13 +89,13 @@ class Switch:
         """
         seat, plan = self._seat, _revert(entry)
         self._job.effect = Effect.UNKNOWN
-        with trio.CancelScope(shield=True):
+        with self._job.shielded():
             require_no_qemu(seat.name, seat.qmp)
             if plan.loading is not None:  # after a power failure it may be incomplete
                 await in_thread(make_view_again, plan.loading)
             await seat.launcher.prepare(plan.launch, lasting=not plan.starts)
             await self._start(entry)
-        return seat.store.manifest(plan.name)
+        return await in_thread(seat.store.manifest, plan.name)
 
     async def _start(self, entry: JournalEntry) -> None:
         seat, plan = self._seat, _revert(entry)
@@ -151,7 +151,7 @@ class Switch:
                 f"{what}The VM is shut off; the disks of the state before are: {disks}",
                 Effect.PARTIAL,
             ) from cause
-        kept = seat.store.manifest(fallback.name)
+        kept = await in_thread(seat.store.manifest, fallback.name)
         shown_as = (
             Condition.PAUSED_FROM_SNAPSHOT if fallback.to_running else Condition[kept.reason]
         )

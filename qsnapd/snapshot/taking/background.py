@@ -17,6 +17,8 @@ SETUP_LOOK_EVERY_S = 0.1
 """Backstop between looks at a migration whose next event has not come."""
 FIRST_PAGE_LIMIT_S = 10.0
 """The guest stands still until then; QEMU goes through 200 GiB and more in this time."""
+STALL_LIMIT_S = 10.0
+"""The guest stands at its next write to memory for as long as no page is saved."""
 ANSWER_LIMIT_S = 5.0
 """QEMU < 10.0 is silent for ever when its save fails while a virtual CPU has its lock."""
 
@@ -56,12 +58,13 @@ async def capture_background(capture: Capture) -> None:
             # QEMU <= 8.2 has started the guest itself, right after protecting its memory.
             await capture.release()
     await capture.job.reach(Point.CAPTURE_RELEASED)
+    await capture.reserve_again()
     limit_s = QueryMigrate.timeout_s if vm.at_least_10 else ANSWER_LIMIT_S
-    capture.watch(
-        await wait_saved(
+    with capture.job.patience.at_most(STALL_LIMIT_S):
+        info = await wait_saved(
             session, "completed", watcher=capture.watch, answer_limit_s=limit_s
         )
-    )
+    capture.tell(info)
     await capture.job.reach(Point.CAPTURE_SAVED)
 
 

@@ -12,16 +12,20 @@ from qsnapd.model.snapshot import PauseParts
 from qsnapd.model.state import Condition
 from qsnapd.qmp.block import BlockdevSetActive, Transaction
 from qsnapd.qmp.commands import Cont, Stop
-from qsnapd.qmp.migration import MigrationInfo
+from qsnapd.qmp.migration import MigrateSetParameters, MigrationInfo
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.taking.freeze import Quiesced
 from qsnapd.snapshot.taking.memory import MemoryTarget
 from qsnapd.snapshot.taking.overlays import pivot_actions
-from qsnapd.snapshot.taking.saving import progress_of
+from qsnapd.snapshot.taking.room import Room
+from qsnapd.snapshot.taking.saves import Saves
+from qsnapd.snapshot.taking.saving import Advance, progress_of
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.tracker import PauseWindow
 
 FINALIZE_LIMIT_S = 10.0
+ROOM_EVERY_S = 1.0
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Capture:
     target: MemoryTarget | None
     """None: disk-only."""
     job: Job
+    room: Room
+    saves: Saves
     window: PauseWindow = field(default_factory=PauseWindow)
     stop_ms: float = 0.0
     pivot_ms: float = 0.0
@@ -42,13 +48,41 @@ class Capture:
     ran: bool = False
     """Whether the guest ran when its disks moved; known afterwards."""
 
+    def __post_init__(self) -> None:
+        self.share_bytes_per_s = self.plan.parameters.get("max-bandwidth", 0)
+        self._advance = Advance(self.job.patience)
+        self._looked_s = trio.current_time()
+
     def parts(self) -> PauseParts:
         return PauseParts(
             stop_ms=self.stop_ms, pivot_ms=self.pivot_ms, capture_ms=self.capture_ms
         )
 
-    def watch(self, info: MigrationInfo) -> None:
+    def tell(self, info: MigrationInfo) -> None:
         self.job.report(progress_of(info))
+        self._advance.note(info)
+
+    async def watch(self, info: MigrationInfo) -> None:
+        """Look after a save under way.
+
+        Raises: StoreFull: what has to stay free on a disk does not. DiskStalled. VmError.
+        """
+        self.tell(info)
+        if self.share_bytes_per_s != (share := self.saves.share_bytes_per_s):
+            self.share_bytes_per_s = share
+            rate = MigrateSetParameters(parameters={"max-bandwidth": share})
+            await self.vm.session.execute(rate)
+        if trio.current_time() > self._looked_s + ROOM_EVERY_S:
+            self._looked_s = trio.current_time()
+            await in_thread(self.room.require_low_water, self.room.places(self.plan))
+
+    async def reserve_again(self) -> None:
+        """Take the room again that QEMU has given up when it emptied the file (10.0 does).
+
+        Raises: StoreFull, StoreError.
+        """
+        assert self.target is not None, "a checkpoint has a place for its memory"
+        await in_thread(self.target.reserve)
 
     async def halt(self) -> None:
         """Stop the guest, if it runs; QEMU drains and flushes its disks.

@@ -36,6 +36,8 @@ from qsnapd.snapshot.taking.halt import end_vm, where_disks_are
 from qsnapd.snapshot.taking.plan import plan_checkpoint
 from qsnapd.snapshot.taking.precopy import capture_precopy
 from qsnapd.snapshot.taking.preparing import Preparation
+from qsnapd.snapshot.taking.room import Room
+from qsnapd.snapshot.taking.saves import Saves
 from qsnapd.snapshot.taking.situation import look
 from qsnapd.snapshot.taking.stopped import capture_stopped
 from qsnapd.snapshot.taking.targets import check_targets
@@ -48,7 +50,6 @@ from qsnapd.vm.provisions import NO_PROVISIONS, Provisions
 
 HALT_LIMIT_S = 150.0
 """How long the end of QEMU may take, which may be for a service manager to bring about."""
-COMMIT_LIMIT_S = 60.0
 
 _CAPTURES = {
     Strategy.STOPPED: capture_stopped,
@@ -73,6 +74,8 @@ class Checkpoint:
         qemu_img: str,
         provisions: Provisions = NO_PROVISIONS,
         launcher: Launcher | None = None,
+        room: Room | None = None,
+        saves: Saves | None = None,
     ) -> None:
         self._vm = vm
         self._store = store
@@ -80,6 +83,8 @@ class Checkpoint:
         self._qemu_img = qemu_img
         self._provisions = provisions
         self._launcher = launcher
+        self._room = room or Room(store)
+        self._saves = saves or Saves()
         self._preparation: Preparation | None = None
 
     async def take(self, request: CreateRequest, *, holds: bool = False) -> Manifest:
@@ -95,6 +100,12 @@ class Checkpoint:
         Raises: RequestError: refused, nothing was touched. VmError, StoreError.
           GuestLeftPaused: the one failure that leaves something: somebody must act.
         """
+        if request.disk_only:
+            return await self._attempt(request, holds=holds)
+        async with self._saves.turn(self._job):
+            return await self._take_memory(request, holds=holds)
+
+    async def _take_memory(self, request: CreateRequest, *, holds: bool) -> Manifest:
         try:
             return await self._attempt(request, holds=holds)
         except CommandRefused as exc:
@@ -145,10 +156,11 @@ class Checkpoint:
             self._vm.tracker.resume_asked = False  # that was during an earlier job
             now = await look(
                 self._vm,
-                snapshots=frozenset(store.snapshots()),
-                current=store.current(),
+                snapshots=frozenset(await in_thread(store.snapshots)),
+                current=await in_thread(store.current),
                 directory=store.directory,
                 background_refusal=background_refusal,
+                bandwidth_bytes_per_s=self._saves.share_bytes_per_s,
             )
         except QsnapError as exc:
             exc.effect = Effect.NONE  # a question without an answer: nothing was touched
@@ -157,7 +169,7 @@ class Checkpoint:
         self._job.snapshot = plan.name
         staging = store.partial_path(plan.name)
         named = {disk.file for disk in request.disks}
-        plan = await in_thread(check_targets, plan, store.directory, staging, named)
+        plan = await in_thread(check_targets, plan, self._room, staging, named)
         if plan.agent is not None:
             await require_freezable(self._vm, self._provisions.require_agent(plan.vm))
         identity_of_qemu = self._vm.identity
@@ -220,7 +232,7 @@ class Checkpoint:
     async def _run(self, plan: CheckpointPlan, preparation: Preparation) -> Manifest:
         self._note(plan.notes)
         target = await preparation.make(qemu_img=self._qemu_img)
-        capture = Capture(self._vm, plan, target, self._job)
+        capture = Capture(self._vm, plan, target, self._job, self._room, self._saves)
         if plan.strategy is None:
             agent = self._provisions.require_agent(plan.vm) if plan.agent else None
             await capture_disks(capture, self._store, agent)
@@ -238,8 +250,7 @@ class Checkpoint:
             )
         manifest = describe(self._vm, plan, capture, image, ram_blocks, self._job.elapsed_ms)
         manifest = await in_thread(with_former_names, manifest, self._store.made)
-        entry = preparation.entry
-        await in_thread(commit, self._store, entry, manifest, limit_s=COMMIT_LIMIT_S)
+        await in_thread(commit, self._store, preparation.entry, manifest)
         return manifest
 
     def _note(self, notes: tuple[str, ...]) -> None:
@@ -305,12 +316,11 @@ class Checkpoint:
                 await settle_committed(
                     self._vm, plan, self._store, patience, is_ended=plan.halts
                 )
+                return
             except QsnapError as exc:
-                self._warn(plan, exc)
+                problem = str(exc)
         if settling.cancelled_caught:
-            _log.warning("VM %s: %s exists; tidying up took too long", plan.vm, plan.name)
-
-    def _warn(self, plan: CheckpointPlan, exc: QsnapError) -> None:
-        _log.warning("VM %s: %s exists, but: %s", plan.vm, plan.name, exc)
-        self._note((f"{plan.name} was taken, but: {exc}",))
-
+            problem = "tidying up behind it took too long"
+        self._job.effect = Effect.UNKNOWN  # the journal stands
+        _log.warning("VM %s: %s exists, but: %s", plan.vm, plan.name, problem)
+        self._note((f"{plan.name} was taken, but: {problem}",))

@@ -11,6 +11,7 @@ from qsnapd.qmp.agent import GuestAgent
 from qsnapd.snapshot.taking.freeze import connect, freeze
 from qsnapd.store.owed_thaw import forget_owed_thaw
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 
 FORGET_LIMIT_S = 10.0
@@ -36,7 +37,7 @@ async def freeze_by_hand(
         )
         session.close()
         with trio.fail_after(FORGET_LIMIT_S, shield=True):  # from now on it is the user's
-            await trio.to_thread.run_sync(forget_owed_thaw, store)
+            await in_thread(forget_owed_thaw, store)
     return count
 
 
@@ -52,7 +53,7 @@ async def thaw_by_hand(vm: AttachedVm, store: VmStore, agent: GuestAgent) -> int
             count = await agent_commands.thaw(session)
         finally:
             session.close()
-        await trio.to_thread.run_sync(forget_owed_thaw, store)
+        await in_thread(forget_owed_thaw, store)
     return count
 
 

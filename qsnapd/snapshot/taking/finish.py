@@ -9,6 +9,7 @@ from qsnapd.faults import Point, reach_in_thread
 from qsnapd.image import digest, mapped_ram, stream
 from qsnapd.image.files import allocated_bytes, sync_in_parts
 from qsnapd.image.punch import punch
+from qsnapd.image.reserve import give_back
 from qsnapd.image.savevm import Verified
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.snapshot import (
@@ -62,6 +63,7 @@ def _finish_image(
         target.drain.finish()
     sync_in_parts(fd, check)
     reach_in_thread(Point.FINISH_SYNCED)
+    give_back(fd, check)
     holes_are_zero = _mend(fd, plan, check)
     reach_in_thread(Point.FINISH_SEALED)
     verified = verify_image(

@@ -33,6 +33,8 @@ from qsnapd.vm.attached import AttachedVm
 
 SHIELD_LIMIT_S = 2 * THAW_LIMIT_S
 """A backstop: `thaw_or_owe` keeps its own limit."""
+ASK_LIMIT_S = THAW_LIMIT_S
+"""What comes before a freeze: the agent is found, and what was left frozen is thawed."""
 LET_GO_LIMIT_S = 0.5
 """QEMU takes a moment to notice that a client, perhaps we, has gone."""
 LOOK_EVERY_S = 0.02
@@ -70,7 +72,10 @@ async def frozen(
     async with agent.alone():
         job.enter(Phase.FREEZING)
         why = f"snapshot {job.snapshot}"
-        session, count = await freeze(vm, store, agent, why, limit_s=limit_s)
+        with job.patience.suspended(), trio.move_on_after(limit_s + ASK_LIMIT_S) as asking:
+            session, count = await freeze(vm, store, agent, why, limit_s=limit_s)
+        if asking.cancelled_caught:
+            raise FreezeFailed(f"the file systems of VM {vm.name} were not frozen in time")
         quiesced = Quiesced(count)
         since_s = trio.current_time()
         problem: str | None = "it took too long"

@@ -38,7 +38,7 @@ async def hold_for_storage(capture: Capture) -> None:
         return
     job.enter(Phase.HOLDING)
     try:
-        with trio.fail_after(plan.hold_limit_s):
+        with trio.fail_after(plan.hold_limit_s), job.patience.suspended():
             if plan.hook:
                 await _run_hook(plan)
             else:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import threading
 from contextlib import suppress
@@ -9,12 +10,16 @@ from dataclasses import dataclass, field
 
 from qsnapd.errors import CaptureFailed
 from qsnapd.image.files import reopen
+from qsnapd.image.reserve import reserve
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.qmp.commands import AddFd, GetFd
 from qsnapd.qmp.migration import Migrate
 from qsnapd.qmp.session import QmpSession
+from qsnapd.snapshot.taking.room import image_bytes
 
 CHUNK_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +40,11 @@ class MemoryTarget:
         """Its final path."""
         assert self.plan.memory_file is not None, "a checkpoint has a place for its memory"
         return self.plan.memory_file
+
+    def reserve(self) -> None:
+        """Have room for all that may come. Blocks. Raises: StoreFull, StoreError."""
+        if not reserve(self.descriptor, image_bytes(self.plan), self.file):
+            _log.info("%s: this file system reserves nothing", self.file)
 
     async def hand_over(self, session: QmpSession) -> None:
         """Give QEMU its descriptor; before the pause, like everything slow.

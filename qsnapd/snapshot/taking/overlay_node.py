@@ -10,13 +10,12 @@ an image QEMU names by all that it consists of, anew for every layer whenever it
 import os
 from typing import Any
 
-import trio
-
 from qsnapd.errors import CommandRefused
 from qsnapd.image.files import reopen
 from qsnapd.model.plan import PivotPlan, Place
 from qsnapd.qmp.block import BlockdevAdd, BlockdevDel
 from qsnapd.qmp.commands import AddFd
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.proc import open_files
 
@@ -36,13 +35,13 @@ async def add_overlay_node(vm: AttachedVm, plan: PivotPlan, overlay: int) -> Non
 
 async def _is_added_by_name(vm: AttachedVm, plan: PivotPlan, overlay: int) -> bool:
     path, pid = plan.overlay.path, vm.identity.pid
-    if not await trio.to_thread.run_sync(_sees, pid, path, overlay):
+    if not await in_thread(_sees, pid, path, overlay):
         return False
     try:
         await vm.session.execute(BlockdevAdd(options=_options(plan, path)))
     except CommandRefused:  # QEMU's user may not open it, or something confines QEMU
         return False
-    if _key(overlay) in await trio.to_thread.run_sync(open_files, pid):
+    if _key(overlay) in await in_thread(open_files, pid):
         return True
     await vm.session.execute(BlockdevDel(node_name=plan.overlay_node))
     return False

@@ -13,6 +13,7 @@ from qsnapd.errors import StoreError, TargetRefused
 from qsnapd.image.files import create_exclusive, publish, sync_file
 from qsnapd.model.plan import OverlayPlan, PivotPlan, Place
 from qsnapd.snapshot.taking.targets import open_given
+from qsnapd.threads import in_thread
 
 QEMU_IMG_LIMIT_S = 60.0
 
@@ -27,7 +28,7 @@ async def make_overlay(plan: OverlayPlan, *, qemu_img: str) -> int:
     On failure: the partial file may exist; its name carries the job's token.
     Raises: TargetRefused: it cannot be created there. StoreError: qemu-img failed.
     """
-    descriptor = await trio.to_thread.run_sync(open_overlay, plan)
+    descriptor = await in_thread(open_overlay, plan)
     try:
         await complete_overlay(plan, descriptor, qemu_img=qemu_img)
     except BaseException:
@@ -55,7 +56,7 @@ async def complete_overlay(plan: OverlayPlan, descriptor: int, *, qemu_img: str)
         await _require_blank(plan, descriptor, qemu_img=qemu_img)
     else:
         await fill_overlay(plan, descriptor, qemu_img=qemu_img)
-        await trio.to_thread.run_sync(sync_file, descriptor)
+        await in_thread(sync_file, descriptor)
 
 
 async def _require_blank(plan: OverlayPlan, descriptor: int, *, qemu_img: str) -> None:
@@ -143,7 +144,7 @@ async def publish_overlays(plans: Sequence[OverlayPlan]) -> None:
     for plan in plans:
         if plan.place is not Place.NEW:
             continue
-        await trio.to_thread.run_sync(publish, Path(plan.partial), Path(plan.path))
+        await in_thread(publish, Path(plan.partial), Path(plan.path))
 
 
 def pivot_actions(plans: Sequence[PivotPlan]) -> list[dict[str, Any]]:

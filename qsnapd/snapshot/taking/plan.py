@@ -9,11 +9,12 @@ from qsnapd.errors import BadRequest, Blocked, SnapshotExists, WrongState
 from qsnapd.model.names import check_name
 from qsnapd.model.plan import CheckpointPlan
 from qsnapd.model.request import CreateRequest
-from qsnapd.model.snapshot import Consistency
+from qsnapd.model.snapshot import Consistency, Strategy
 from qsnapd.model.state import State
 from qsnapd.snapshot.taking.plan_disks import DisksPlan, plan_disks
 from qsnapd.snapshot.taking.plan_request import check_request
-from qsnapd.snapshot.taking.saving_plan import plan_saving
+from qsnapd.snapshot.taking.saves import UNLIMITED_BYTES_PER_S
+from qsnapd.snapshot.taking.saving_plan import SavingPlan, plan_saving
 from qsnapd.snapshot.taking.situation import Situation
 from qsnapd.vm.provisions import NO_PROVISIONS, Provisions
 
@@ -93,7 +94,7 @@ def plan_checkpoint(
         manual=disks.manual,
         hook=provisions.hook if disks.manual else (),
         hold_limit_s=request.hold_limit_s or provisions.hold_limit_s,
-        notes=tuple(_notes(request, now, disks)),
+        notes=tuple(_notes(request, now, disks, saving)),
     )
 
 
@@ -122,7 +123,9 @@ def _consistency(*, saves: bool, agent: str | None, stands: bool) -> Consistency
     return Consistency.PAUSED if stands else Consistency.CRASH
 
 
-def _notes(request: CreateRequest, now: Situation, disks: DisksPlan) -> Iterator[str]:
+def _notes(
+    request: CreateRequest, now: Situation, disks: DisksPlan, saving: SavingPlan | None
+) -> Iterator[str]:
     if request.quiesce and not now.running:
         yield f"VM {now.vm} is paused: it counts as quiesced, and the guest agent was not asked"
     for disk in disks.left_out:
@@ -136,6 +139,12 @@ def _notes(request: CreateRequest, now: Situation, disks: DisksPlan) -> Iterator
                 f"disk {disk.target} is left out: it will be newer than the guest's memory when "
                 "the VM is put back to this snapshot, which therefore takes --force"
             )
+    is_limited = now.bandwidth_bytes_per_s != UNLIMITED_BYTES_PER_S
+    if saving is not None and saving.strategy is Strategy.BACKGROUND and is_limited:
+        yield (
+            "QEMU saves in the background as fast as it can: the configured bandwidth is not kept "
+            "to"
+        )
     if not request.keep_metadata:
         yield "no snapshot is listed of it: there is no metadata, as was asked for"
 

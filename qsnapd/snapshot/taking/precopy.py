@@ -32,6 +32,7 @@ async def capture_precopy(capture: Capture) -> None:
     session = capture.vm.session
     with capture.vm.tracker.holding() as capture.window:
         await capture.begin_saving()
+        await capture.reserve_again()
         limit = _Limit(capture)
         try:
             await wait_saved(session, "pre-switchover", watcher=limit.check)
@@ -54,7 +55,7 @@ async def capture_precopy(capture: Capture) -> None:
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
         await capture.job.reach(Point.CAPTURE_SAVED)
         await capture.leave_postmigrate()
-        capture.watch(info)
+        capture.tell(info)
 
 
 class _Limit:
@@ -64,8 +65,8 @@ class _Limit:
         self._capture = capture
         self._begun_s = trio.current_time()
 
-    def check(self, info: MigrationInfo) -> None:
-        self._capture.watch(info)
+    async def check(self, info: MigrationInfo) -> None:
+        await self._capture.watch(info)
         plan = self._capture.plan
         if trio.current_time() - self._begun_s > plan.precopy_limit_s:
             raise LimitReached(f"still copying after {plan.precopy_limit_s:g} s")

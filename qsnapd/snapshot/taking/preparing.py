@@ -66,6 +66,7 @@ class Preparation:
         if plan.memory_partial is not None:
             memory = await self._open(partial(create_exclusive, Path(plan.memory_partial)))
             target = MemoryTarget(plan, memory)
+            await in_thread(target.reserve)
         await self._make_overlays(target, qemu_img=qemu_img)
         if target is not None:
             await session.execute(MigrateSetParameters(parameters=plan.parameters))

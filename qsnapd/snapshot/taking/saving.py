@@ -1,6 +1,6 @@
 """A migration to a file under way: begin it, follow it, know when it has ended."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -13,7 +13,7 @@ from qsnapd.qmp.session import QmpSession
 PROGRESS_EVERY_S = 0.2
 """Between the events that tell of a change of status, ask this often for the bytes."""
 
-Watcher = Callable[[MigrationInfo], None]
+Watcher = Callable[[MigrationInfo], Awaitable[None]]
 
 
 async def wait_saved(
@@ -34,7 +34,7 @@ async def wait_saved(
             if info.status in until:
                 return info
             require_alive(info)
-            watcher(info)
+            await watcher(info)
             with trio.move_on_after(PROGRESS_EVERY_S):
                 await events.receive()
 

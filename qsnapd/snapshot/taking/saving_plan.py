@@ -9,14 +9,12 @@ from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import ImageFormat, Strategy
 from qsnapd.snapshot.taking.situation import Situation
 
-UNLIMITED_BYTES_PER_S = 2**63 - 1
 MULTIFD_CHANNELS = 2
 
 
 # Explicit, because what an earlier user left behind sticks: direct-io crashes a multifd save
 # (10.0), tls-creds fails every one, and without zero pages an image has the size of all RAM.
 _PARAMETERS: dict[str, Any] = {
-    "max-bandwidth": UNLIMITED_BYTES_PER_S,
     "direct-io": False,
     "tls-creds": "",
     "multifd-compression": "none",
@@ -60,6 +58,7 @@ def plan_saving(request: CreateRequest, now: Situation) -> SavingPlan:
     parameters = {
         name: value for name, value in _PARAMETERS.items() if name in now.parameters
     }
+    parameters["max-bandwidth"] = now.bandwidth_bytes_per_s
     if multifd:
         parameters["multifd-channels"] = MULTIFD_CHANNELS
     return SavingPlan(

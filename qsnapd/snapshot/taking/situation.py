@@ -14,6 +14,7 @@ from qsnapd.qmp.migration import (
     QueryMigrateCapabilities,
     QueryMigrateParameters,
 )
+from qsnapd.snapshot.taking.saves import UNLIMITED_BYTES_PER_S
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.disks import Disk, read_disks
 
@@ -43,6 +44,8 @@ class Situation:
     current: str | None
     directory: Path
     """The VM's folder in the store."""
+    bandwidth_bytes_per_s: int = UNLIMITED_BYTES_PER_S
+    """What a save may write, as far as QEMU keeps to it."""
 
 
 async def look(
@@ -52,6 +55,7 @@ async def look(
     current: str | None,
     directory: Path,
     background_refusal: str | None = None,
+    bandwidth_bytes_per_s: int = UNLIMITED_BYTES_PER_S,
 ) -> Situation:
     """Ask QEMU for all of it; nothing changes.
 
@@ -82,4 +86,5 @@ async def look(
         snapshots=snapshots,
         current=current,
         directory=directory,
+        bandwidth_bytes_per_s=bandwidth_bytes_per_s,
     )

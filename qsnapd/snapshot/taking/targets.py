@@ -13,28 +13,25 @@ from contextlib import suppress
 from pathlib import Path
 
 from qsnapd.errors import ImageInvalid, StoreError, TargetRefused
-from qsnapd.image.files import require_space, sync_in_parts
+from qsnapd.image.files import sync_in_parts
 from qsnapd.image.qcow2 import Header, read_header
 from qsnapd.model.plan import CheckpointPlan, OverlayPlan, Place
-from qsnapd.model.snapshot import ImageFormat, Strategy
+from qsnapd.snapshot.taking.room import Room
 from qsnapd.threads import Check
 from qsnapd.vm.identity import key_of
-
-DEVICE_STATE_BYTES = 64 << 20
-"""Room for everything in an image that is not guest RAM."""
 
 _log = logging.getLogger(__name__)
 
 
 def check_targets(
-    plan: CheckpointPlan, directory: Path, staging: Path, named: Container[str | None] = ()
+    plan: CheckpointPlan, room: Room, staging: Path, named: Container[str | None] = ()
 ) -> CheckpointPlan:
     """Refuse what could only fail later: files in the way, no room for the image. Blocks.
 
     *named*: the overlays' files that the request names; of others the name is ours to choose.
     Returns the plan, knowing now which overlays go into empty files that exist, and with other
     names for those whose own is taken.
-    Raises: StoreFull, TargetRefused.
+    Raises: StoreFull, QuotaUsedUp, TargetRefused.
     """
     if plan.keeps_metadata and os.path.lexists(staging):
         raise TargetRefused(
@@ -55,22 +52,9 @@ def check_targets(
     )
     if plan.memory_file is not None:
         _require_free(Path(plan.memory_file))
-        _require_room(plan, Path(plan.memory_file), directory)
-    return plan.model_copy(update={"pivots": pivots})
-
-
-def _require_room(plan: CheckpointPlan, memory: Path, directory: Path) -> None:
-    """A mapped-ram image is never larger than RAM; neither is a stream that sends each page
-    once, but for a few bytes a page. A precopy stream may become as large as its limit.
-    """
-    # The snapshot's own folder does not exist yet.
-    where = directory if memory.parent.parent == directory else memory.parent
-    needed_bytes = plan.ram_bytes
-    if plan.image_format is ImageFormat.STREAM:
-        needed_bytes += plan.ram_bytes // 256
-        if plan.strategy is Strategy.PRECOPY:
-            needed_bytes = max(needed_bytes, plan.precopy_limit_bytes)
-    require_space(where, needed_bytes + DEVICE_STATE_BYTES)
+    plan = plan.model_copy(update={"pivots": pivots})
+    room.require(plan)
+    return plan
 
 
 def _require_free(path: Path) -> None:

@@ -16,6 +16,7 @@ from qsnapd.qmp import agent_commands
 from qsnapd.qmp.agent import AgentSession, GuestAgent
 from qsnapd.store.owed_thaw import forget_owed_thaw, read_owed_thaw
 from qsnapd.store.snapshots import VmStore
+from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 
 THAW_LIMIT_S = 20.0
@@ -33,13 +34,13 @@ async def thaw_owed(
     *agent* is the VM's by the configuration, if it still has one. Idempotent.
     Raises: AgentError: it cannot be done now, the thaw stays owed. VmBusy. StoreError.
     """
-    owed = await trio.to_thread.run_sync(read_owed_thaw, store)
+    owed = await in_thread(read_owed_thaw, store)
     if owed is None:
         return None
     if agent is None or str(agent.path) != owed.agent:
         agent = GuestAgent(Path(owed.agent))
     async with agent.alone():
-        owed = await trio.to_thread.run_sync(read_owed_thaw, store)
+        owed = await in_thread(read_owed_thaw, store)
         if owed is None:
             return None  # the job has done it meanwhile
         is_thawed = await thaw_left_over(vm, store, agent, limit_s=limit_s)
@@ -51,13 +52,13 @@ async def thaw_left_over(
     vm: AttachedVm, store: VmStore, agent: GuestAgent, *, limit_s: float = THAW_LIMIT_S
 ) -> bool:
     """The same for whoever is `alone` with the agent; returns whether there was anything to do."""
-    owed = await trio.to_thread.run_sync(read_owed_thaw, store)
+    owed = await in_thread(read_owed_thaw, store)
     if owed is None:
         return False
     concerns_this = is_of(owed, vm)
     if concerns_this:
         await thaw(agent, None, limit_s=limit_s)
-    await trio.to_thread.run_sync(forget_owed_thaw, store)
+    await in_thread(forget_owed_thaw, store)
     return concerns_this
 
 
@@ -80,7 +81,7 @@ async def thaw_or_owe(
     except AgentError as exc:
         return None, str(exc)
     try:
-        await trio.to_thread.run_sync(forget_owed_thaw, store)
+        await in_thread(forget_owed_thaw, store)
     except StoreError as exc:
         _log.warning("VM %s: it will be thawed once more: %s", store.vm, exc)
     return count, None
