@@ -1,0 +1,102 @@
+"""Faults at every point that a checkpoint passes, and at those of undoing one."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from qsnapd.errors import DiskStalled, QsnapError
+from qsnapd.faults import Action, Point
+from qsnapd.model.snapshot import Strategy
+from tests.attacks.forge import Forged
+from tests.attacks.lane import Lane, difference, outcome
+from tests.attacks.planted import Faults, died, each, each_later, spelled
+from tests.real.footprint import Footprint
+
+_NOT_ALWAYS = {
+    Point.CAPTURE_STOPPED: (Strategy.STOPPED, Strategy.BACKGROUND),
+    Point.CAPTURE_SWITCHOVER: (Strategy.PRECOPY,),
+    Point.CAPTURE_CONTINUED: (Strategy.PRECOPY,),
+    Point.CAPTURE_CAPTURED: (Strategy.BACKGROUND,),
+    Point.CAPTURE_RELEASED: (Strategy.BACKGROUND,),
+    Point.CAPTURE_FROZEN: (),
+    Point.CAPTURE_THAWED: (),
+}
+UNDO_POINTS = (
+    Point.UNDO_SAVE_SETTLED,
+    Point.UNDO_GUEST_RUNS,
+    Point.UNDO_MERGING,
+    Point.UNDO_MERGED,
+    Point.UNDO_QEMU_RELEASED,
+    Point.UNDO_NODES_REMOVED,
+    Point.UNDO_FILES_REMOVED,
+    Point.UNDO_UNSTAGED,
+    Point.UNDONE,
+)
+
+
+@dataclass(frozen=True)
+class Creating:
+    """One checkpoint that goes wrong."""
+
+    strategy: Strategy
+    faults: Faults
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, {self.faults}"
+
+    async def attack(self, lane: Lane) -> None:
+        """Do it once. Raises: AssertionError: what is wrong afterwards."""
+        name = lane.new_name("s")
+        async with lane.daemon(spelled(self.faults.first)) as daemon:
+            await lane.settled(daemon)
+            before = await lane.look()
+            error = await outcome(partial(lane.create, daemon, name, strategy=self.strategy))
+            if self.faults.kills:
+                await died(daemon)
+            elif self.faults.holds_a_thread:
+                assert isinstance(error, DiskStalled), f"it should be stalled: {error}"
+                assert (await lane.look()).status == "running"
+            else:
+                await lane.settled(daemon)
+                await _require_all_or_nothing(lane, daemon, before, name, error)
+                await daemon.end()
+        await self.faults.strike_later(lane)
+        async with lane.daemon() as daemon:
+            await lane.settled(daemon)
+            await _require_all_or_nothing(lane, daemon, before, name, error)
+            await lane.goes_on(daemon, self.strategy)
+            await daemon.end()
+
+
+def creating(strategy: Strategy) -> list[Creating]:
+    """At every point that a checkpoint by *strategy* passes."""
+    numbers = range(Point.CREATE_PLANNED.number, Point.SETTLED.number + 1)
+    points = [point for point in Point if point.number in numbers]
+    passed = [point for point in points if strategy in _NOT_ALWAYS.get(point, (strategy,))]
+    return [Creating(strategy, faults) for faults in each(passed)]
+
+
+def undoing(strategy: Strategy) -> list[Creating]:
+    """While the job undoes itself."""
+    failed = (Point.FINISH_SYNCED, Action.ERROR)
+    return [Creating(strategy, faults) for faults in each(UNDO_POINTS, failed)]
+
+
+def recovering(strategy: Strategy) -> list[Creating]:
+    """While the next daemon undoes it."""
+    crashed = (Point.CAPTURE_PIVOTED, Action.KILL)
+    return [Creating(strategy, faults) for faults in each_later(UNDO_POINTS, crashed)]
+
+
+async def _require_all_or_nothing(
+    lane: Lane, daemon: Forged, before: Footprint, name: str, error: QsnapError | None
+) -> None:
+    now = await lane.look()
+    lane.no_complaints()
+    listed = name in await lane.listed(daemon)
+    assert listed or error is not None, "reported as taken, and not listed"
+    assert now.status == "running", f"the guest does not run: {now.status}"
+    if not listed:
+        assert now == before, f"left over: {difference(before, now)}"
+        return
+    for what in ("capabilities", "parameters", "block_jobs"):
+        assert getattr(now, what) == getattr(before, what), f"{what} are not as before"
