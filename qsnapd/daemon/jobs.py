@@ -48,6 +48,9 @@ class Jobs:
             manifest = await work()
             # Still within the job: who waits for its end may begin another one at once.
             with trio.CancelScope(shield=True):
+                # Done, but what has to be tidied up behind it may be left.
+                if job.effect is Effect.UNKNOWN and await supervisor.mender.mend_once(job):
+                    job.effect = Effect.NONE
                 if supervisor.attached is not None:  # its disks may have moved
                     await supervisor.launcher.follow(supervisor.attached)
                     await note_disks(supervisor.attached, supervisor.store)

@@ -144,21 +144,31 @@ class Mender:
 
     async def mend_after_job(self, job: Job) -> None:
         """Go on undoing a job whose undoing failed, until it is done or QEMU is lost."""
+        delay_s = MEND_FIRST_S
+        while not await self.mend_once(job):
+            again = self._stalled.over if self._stalled is not None else trio.Event()
+            with trio.move_on_after(delay_s):
+                await again.wait()
+            delay_s = min(2 * delay_s, MEND_LONGEST_S)
+
+    async def mend_once(self, job: Job) -> bool:
+        """Put right what *job* has left, if that can be done now.
+
+        Returns whether nothing is left to do, or no QEMU to do it with; else `problem` says why.
+        """
         if job.stalled is not None:
             self.leave_alone(job.stalled)
-        delay_s = MEND_FIRST_S
-        while (vm := self._vm.attached) is not None:
-            try:
-                if not await self._journal_stands():
-                    return
-                await self.mend(vm)  # not self._vm.attached: QEMU may have gone meanwhile
+        vm = self._vm.attached  # kept: it may go meanwhile
+        if vm is None:
+            return True
+        try:
+            if await self._journal_stands():
+                await self.mend(vm)
                 self._vm.problem = None
-            except QsnapError as exc:
-                self._vm.note_problem(exc)
-                again = self._stalled.over if self._stalled is not None else trio.Event()
-                with trio.move_on_after(delay_s):
-                    await again.wait()
-                delay_s = min(2 * delay_s, MEND_LONGEST_S)
+        except QsnapError as exc:
+            self._vm.note_problem(exc)
+            return False
+        return True
 
     async def _journal_stands(self) -> bool:
         store = self._vm.store

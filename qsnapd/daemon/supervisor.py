@@ -247,6 +247,10 @@ class Supervisor:
         """
         if self.job is not None:
             info = self.job.info()
+            if info.phase.ended:
+                raise VmBusy(
+                    f"VM {self.name} is busy: what a {info.kind} job has left is being put right"
+                )
             raise VmBusy(
                 f"VM {self.name} is busy: a {info.kind} job has been running for "
                 f"{info.elapsed_ms / 1000:.1f} s (phase {info.phase})"

@@ -269,7 +269,7 @@ def act_at(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, act: Callable[[], None]
 ) -> None:
     """Let *act* be called when the job has done what this function does."""
-    original = getattr(module, name)
+    original, token = getattr(module, name), trio.lowlevel.current_trio_token()
 
     async def then_act(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401
         result = await original(*arguments, **named)
@@ -278,7 +278,7 @@ def act_at(
 
     def then_act_outside(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401
         result = original(*arguments, **named)
-        trio.from_thread.run_sync(act)
+        trio.from_thread.run_sync(act, trio_token=token)
         return result
 
     is_async = inspect.iscoroutinefunction(original)

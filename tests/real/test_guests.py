@@ -71,7 +71,7 @@ async def test_pages_guest_finds_a_page_of_another_time(qemu: Qemu, tmp_path: Pa
 
 @any_qemu
 async def test_pages_guest_can_be_slowed_down(qemu: Qemu) -> None:
-    async with open_vm(qemu, Pages(spin=2000), memory_mib=RAM_MIB) as vm:
+    async with open_vm(qemu, Pages(spin=100_000), memory_mib=RAM_MIB) as vm:
         await vm.wait_line(lambda line: line.startswith("PASS 00000001"))
         assert len(vm.pages_report().passes) == 1
 
