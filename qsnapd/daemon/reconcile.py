@@ -20,8 +20,8 @@ from qsnapd.snapshot.deleting.recovery import release_guest
 from qsnapd.snapshot.recovery import rescue_left, resume_reverted
 from qsnapd.snapshot.restoring.revert import is_same
 from qsnapd.snapshot.taking.committing import is_committed
+from qsnapd.snapshot.taking.settling import give_back_run_state, settle_migration
 from qsnapd.snapshot.taking.thaw import thaw_owed
-from qsnapd.snapshot.undo import give_back_run_state, settle_migration
 from qsnapd.store.layout import Store
 from qsnapd.store.owed_thaw import read_owed_thaw
 from qsnapd.store.registry import read_registration
@@ -102,7 +102,7 @@ async def _resume_guest(
     if checkpoint is not None and is_same(vm, checkpoint):
         plan = checkpoint.plan
         assert isinstance(plan, CheckpointPlan)
-        if not is_committed(plan, store):
+        if not await in_thread(is_committed, plan, store):
             await settle_migration(vm, plan, Patience())
         await give_back_run_state(vm, plan)
     if revert is not None and isinstance(revert.plan, RevertPlan):

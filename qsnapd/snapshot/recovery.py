@@ -23,9 +23,10 @@ from qsnapd.snapshot.restoring.switch import (
 )
 from qsnapd.snapshot.taking.committing import is_committed, settle_committed
 from qsnapd.snapshot.taking.halt import end_vm
-from qsnapd.snapshot.taking.rescuing import free_guest
+from qsnapd.snapshot.taking.rescuing import FREED, free_guest
+from qsnapd.snapshot.taking.settling import give_back_run_state
 from qsnapd.snapshot.taking.thaw import may_be_frozen, thaw_owed
-from qsnapd.snapshot.undo import give_back_run_state, put_back, remove_files
+from qsnapd.snapshot.undo import put_back, remove_files
 from qsnapd.store.owed_thaw import forget_owed_thaw, read_owed_thaw
 from qsnapd.store.snapshots import VmStore
 from qsnapd.threads import in_thread
@@ -77,13 +78,13 @@ async def rescue_left(store: VmStore) -> str | None:
     entry = await in_thread(store.journal.read)
     if entry is None or not isinstance(plan := entry.plan, CheckpointPlan):
         return None
-    if not plan.drained or is_committed(plan, store):
+    if not plan.drained or await in_thread(is_committed, plan, store):
         return None
     try:
         identity = await in_thread(identify, entry.pid)
         if identity.start_time_ticks != entry.start_time_ticks:
             return None
-        return await free_guest(plan.vm, identity)
+        return FREED if await free_guest(plan.vm, identity) else None
     except SessionLost:
         return None  # it has ended
 
@@ -142,17 +143,17 @@ async def _recover_checkpoint(
     assert isinstance(plan, CheckpointPlan)
     if plan.agent is not None:
         await _thaw(vm, plan, store, agent)
-    if is_committed(plan, store):
+    if await in_thread(is_committed, plan, store):
         # A guest that was to be ended, and has been let go since, has worked on.
         if is_ended := plan.halts and not vm.tracker.running:
             await end_vm(vm, launcher)
         else:
             await give_back_run_state(vm, plan)
         await settle_committed(vm, plan, store, patience, is_ended=is_ended)
-        return f"finished the snapshot {plan.name}, which a former daemon had committed"
+        return f"finished the snapshot {plan.name}, which an earlier job had committed"
     done = await put_back(vm, entry, patience)
     await _forget(plan, store)
-    words = f"undid the unfinished snapshot {plan.name} of a former daemon"
+    words = f"undid the unfinished snapshot {plan.name} of an earlier job"
     return f"{words}. {done}" if done else words
 
 
@@ -173,7 +174,7 @@ async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
         return None
     plan = entry.plan
     assert isinstance(plan, CheckpointPlan)
-    if is_committed(plan, store):
+    if await in_thread(is_committed, plan, store):
         if plan.keeps_metadata:
             await in_thread(store.set_current, plan.name)
         await in_thread(store.journal.clear)
@@ -215,7 +216,7 @@ async def _recover_revert(vm: AttachedVm, store: VmStore) -> str | None:
         return None
     if await _runs(plan, entry, vm):
         await finish_revert(vm, entry, store)
-        return f"finished the revert to {plan.name}, which a former daemon had begun"
+        return f"finished the revert to {plan.name}, which an earlier job had begun"
     if plan.fallback is not None and await _runs(plan.fallback, entry, vm):
         await finish_return(vm, entry, store)
         return f"brought the VM back to {plan.fallback.name}, as the revert to {plan.name} failed"
@@ -274,7 +275,7 @@ async def _recover_clone(vm: AttachedVm | None, store: VmStore) -> str | None:
         await settle_clone(plan, store)
         return None
     await finish_clone(vm, plan, store)
-    return f"finished cloning {plan.source} at {plan.name}, which a former daemon had begun"
+    return f"finished cloning {plan.source} at {plan.name}, which an earlier job had begun"
 
 
 async def _runs(plan: Restore, entry: JournalEntry, vm: AttachedVm) -> bool:

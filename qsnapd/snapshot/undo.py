@@ -14,11 +14,10 @@ from pathlib import Path
 
 import trio
 
-from qsnapd.errors import CommandRefused, Effect, GuestLeftPaused, StoreError, VmError
+from qsnapd.errors import CommandRefused, Effect, StoreError, VmError
 from qsnapd.faults import Point
 from qsnapd.image.files import remove_if_ours
 from qsnapd.model.plan import CheckpointPlan, JournalEntry, OverlayPlan, PivotPlan, Place
-from qsnapd.model.state import Condition
 from qsnapd.patience import Patience
 from qsnapd.qmp.block import (
     BlockCommit,
@@ -32,20 +31,16 @@ from qsnapd.qmp.block import (
 )
 from qsnapd.qmp.commands import CloseFd, QueryFdsets, RemoveFd
 from qsnapd.qmp.migration import (
-    MigrateCancel,
-    MigrateContinue,
     MigrateSetCapabilities,
     MigrateSetParameters,
-    QueryMigrate,
     QueryMigrateCapabilities,
 )
 from qsnapd.qmp.session import QmpSession
-from qsnapd.snapshot.taking.rescuing import make_save_again, settle_drained
-from qsnapd.snapshot.taking.saving import Advance
+from qsnapd.snapshot.taking.rescuing import make_save_again
+from qsnapd.snapshot.taking.settling import give_back_run_state, settle_migration
 from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 
-CANCEL_PATIENCE_S = 1.0
 LOOK_EVERY_S = 0.1
 """Backstop between looks at something that also sends events."""
 
@@ -85,62 +80,6 @@ async def put_back(vm: AttachedVm, entry: JournalEntry, patience: Patience) -> s
     await in_thread(remove_files, entry)
     await patience.reach(Point.UNDO_FILES_REMOVED)
     return done
-
-
-async def settle_migration(
-    vm: AttachedVm, plan: CheckpointPlan, patience: Patience
-) -> str | None:
-    """Return when no migration of ours is under way any more, by cancelling or by waiting.
-
-    Cancelling is right only where QEMU survives it; elsewhere the save runs to its end. Returns
-    what had to be done to the guest for that, in words.
-    """
-    if plan.disk_only:
-        return None
-    if plan.drained:
-        return await settle_drained(vm, plan, patience)
-    session = vm.session
-    with session.watch("MIGRATION") as events:
-        cancelled_s: float | None = None
-        advance = Advance(patience)
-        while (info := await session.execute(QueryMigrate())).active:
-            advance.note(info)
-            if plan.cancellable and cancelled_s is None:
-                await session.execute(MigrateCancel())
-                cancelled_s = trio.current_time()
-            elif cancelled_s and trio.current_time() - cancelled_s > CANCEL_PATIENCE_S:
-                await _kick(session)
-            with trio.move_on_after(LOOK_EVERY_S):
-                await events.receive()
-    return None
-
-
-async def _kick(session: QmpSession) -> None:
-    """Wake a QEMU that was cancelled in the very moment of its switchover.
-
-    It then waits for `migrate-continue`, in a state in which it says "cancelling", with the
-    guest stopped, for ever (seen on 7.2). The command takes the state it is to be in.
-    """
-    with suppress(CommandRefused):  # it has moved on by itself
-        await session.execute(MigrateContinue(state="cancelling"))
-
-
-async def give_back_run_state(vm: AttachedVm, plan: CheckpointPlan) -> None:
-    """Make a guest run that ran before, unless it stands still for another reason.
-
-    Raises: GuestLeftPaused: it cannot be made to.
-    """
-    if not plan.stops_guest or not vm.tracker.is_to_run(ran_before=plan.was_running):
-        return
-    try:
-        await vm.ensure_running()
-    except VmError as exc:
-        vm.tracker.become(Condition.PAUSED_API_ERROR)
-        raise GuestLeftPaused(
-            f"VM {plan.vm} is paused and could not be resumed ({exc}): look at QEMU's log, then "
-            f"try qsnapctl resume {plan.vm}",
-            effect=Effect.GUEST_PAUSED,
-        ) from exc
 
 
 async def _unpivot(session: QmpSession, plan: CheckpointPlan, patience: Patience) -> None:

@@ -16,6 +16,7 @@ from qsnapd.model.findings import Severity
 from qsnapd.model.snapshot import Strategy
 from qsnapd.threads import FILE_LIMIT_S
 from tests.attacks.forge import Forge, Forged
+from tests.attacks.media import Medium
 from tests.guests.slots import least_writes
 from tests.harness import Agent, Slots, Vm, open_vm
 from tests.parts import Qemu
@@ -28,6 +29,7 @@ GUEST = Slots(memory_mib=8, dirty_mib_s=8, disk_pause_us=300, sign_ms=50, flushe
 STALL_LIMIT_S = 2.0
 FREEZE_LIMIT_S = 5.0
 SETTLE_LIMIT_S = 60.0
+RUN_LIMIT_S = 20.0
 LOOK_AGAIN_S = 0.02
 JOURNALS = (".journal.json", ".restoring.json", ".deleting.json", ".renaming.json")
 FOREIGN = b"not qsnapd's\n"
@@ -36,12 +38,16 @@ FOREIGN = b"not qsnapd's\n"
 class Lane:
     """While `open_lane` holds it."""
 
-    def __init__(self, forge: Forge, vm: Vm, folder: Path, qemu: Qemu, settings: str) -> None:
+    def __init__(
+        self, forge: Forge, vm: Vm, folder: Path, qemu: Qemu, settings: str, medium: Medium | None
+    ) -> None:
         self._forge = forge
         self.vm = vm
         self.qemu = qemu
         self.folder = folder
-        self.state_dir = folder / "state"
+        self.medium = medium
+        """Its store is there, if it has one of its own."""
+        self.state_dir = (medium.path if medium is not None else folder) / "state"
         self.log = folder / "log"
         self._patient, self._impatient = folder / "qsnapd.toml", folder / "impatient.toml"
         config = (
@@ -132,6 +138,13 @@ class Lane:
         """Wait until the guest has looked at all its disks and memory from line *since* on."""
         await self.vm.wait_checked(since=since)
         self.no_complaints()
+
+    async def guest_runs(self) -> None:
+        """Wait until the guest has shown twice that it lives."""
+        with trio.fail_after(RUN_LIMIT_S):
+            for _ in range(2):
+                since = len(self.vm.log_lines())
+                await self.vm.wait_line(lambda line: line.startswith("OK"), since=since)
 
     def no_complaints(self) -> None:
         """The guest has never seen its disks and memory of two instants, nor lost a disk."""
@@ -250,13 +263,13 @@ async def outcome(attempt: Callable[[], Any]) -> QsnapError | None:
 
 @asynccontextmanager
 async def open_lane(
-    forge: Forge, qemu: Qemu, folder: Path, *, settings: str = ""
+    forge: Forge, qemu: Qemu, folder: Path, *, settings: str = "", medium: Medium | None = None
 ) -> AsyncIterator[Lane]:
     """Have a VM under attack for the block; its guest is at work, and checks itself."""
-    await trio.Path(folder).mkdir(parents=True)
+    await trio.Path(folder).mkdir(parents=True, exist_ok=True)
     async with open_vm(qemu, GUEST, disks=TWO_DISKS, memory_mib=96) as vm:
         await vm.wait_line(lambda line: line.startswith("OK"))
-        yield Lane(forge, vm, folder, qemu, settings)
+        yield Lane(forge, vm, folder, qemu, settings, medium)
 
 
 @asynccontextmanager
@@ -264,4 +277,4 @@ async def open_agent_lane(forge: Forge, qemu: Qemu, folder: Path) -> AsyncIterat
     """The same, with a guest that has an agent, and a file system to be frozen."""
     await trio.Path(folder).mkdir(parents=True)
     async with open_agent_vm(qemu) as vm:
-        yield Lane(forge, vm, folder, qemu, "")
+        yield Lane(forge, vm, folder, qemu, "", None)

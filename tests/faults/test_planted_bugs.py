@@ -6,7 +6,7 @@ import trio
 from qsnapd.model.snapshot import Strategy
 from qsnapd.qmp.migration import MigrationStats
 from qsnapd.snapshot import undo
-from qsnapd.snapshot.taking import create
+from qsnapd.snapshot.taking import create, settling
 from tests.faults.scene import Case
 from tests.faults.sweeps import cancel_sweep
 
@@ -19,7 +19,8 @@ async def forget(*_arguments: object) -> None:
 
 
 def test_a_guest_left_paused_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(undo, "give_back_run_state", forget)
+    for module in (settling, undo):
+        monkeypatch.setattr(module, "give_back_run_state", forget)
     found = cancel_sweep(STOPPED)
     assert any("status: was running, is paused" in complaint for complaint in found)
 

@@ -123,16 +123,16 @@ def examined(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | Non
 def slow_drain(monkeypatch: pytest.MonkeyPatch, *, breaks_after: int | None = None) -> None:
     """Let the drain take its time for each chunk, and go away after so many of them."""
 
-    def copy(drain: memory.Drain) -> None:
+    def read(drain: memory.Drain) -> None:
         chunks = 0
         while chunks != breaks_after and (chunk := os.read(drain._reader, memory.CHUNK_BYTES)):
-            drain._write(chunk)
+            drain._pass_on(chunk)
             chunks += 1
             time.sleep(0.01)
         os.close(drain._reader)
-        os.close(drain._target)
+        drain._pass_on(b"")
 
-    monkeypatch.setattr(memory.Drain, "_copy", copy)
+    monkeypatch.setattr(memory.Drain, "_read", read)
 
 
 @asynccontextmanager

@@ -11,14 +11,12 @@ from qsnapd.qmp.session import QmpSession
 from qsnapd.qmp.transport import QmpEvent
 from qsnapd.snapshot.taking.capture import Capture, Stopwatch
 from qsnapd.snapshot.taking.hold import hold_for_storage
-from qsnapd.snapshot.taking.saving import require_alive, wait_saved
+from qsnapd.snapshot.taking.saving import STANDSTILL_LIMIT_S, require_alive, wait_saved
 
 SETUP_LOOK_EVERY_S = 0.1
 """Backstop between looks at a migration whose next event has not come."""
 FIRST_PAGE_LIMIT_S = 10.0
 """The guest stands still until then; QEMU goes through 200 GiB and more in this time."""
-STALL_LIMIT_S = 10.0
-"""The guest stands at its next write to memory for as long as no page is saved."""
 ANSWER_LIMIT_S = 5.0
 """QEMU < 10.0 is silent for ever when its save fails while a virtual CPU has its lock."""
 
@@ -60,7 +58,7 @@ async def capture_background(capture: Capture) -> None:
     await capture.job.reach(Point.CAPTURE_RELEASED)
     await capture.reserve_again()
     limit_s = QueryMigrate.timeout_s if vm.at_least_10 else ANSWER_LIMIT_S
-    with capture.job.patience.at_most(STALL_LIMIT_S):
+    with capture.job.patience.at_most(STANDSTILL_LIMIT_S):
         info = await wait_saved(
             session, "completed", watcher=capture.watch, answer_limit_s=limit_s
         )

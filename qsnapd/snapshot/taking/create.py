@@ -38,10 +38,11 @@ from qsnapd.snapshot.taking.precopy import capture_precopy
 from qsnapd.snapshot.taking.preparing import Preparation
 from qsnapd.snapshot.taking.room import Room
 from qsnapd.snapshot.taking.saves import Saves
+from qsnapd.snapshot.taking.settling import let_guest_go
 from qsnapd.snapshot.taking.situation import look
 from qsnapd.snapshot.taking.stopped import capture_stopped
 from qsnapd.snapshot.taking.targets import check_targets
-from qsnapd.snapshot.undo import give_back_run_state, put_back, settle_migration
+from qsnapd.snapshot.undo import put_back
 from qsnapd.store.snapshots import VmStore
 from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
@@ -206,18 +207,19 @@ class Checkpoint:
         """
         plan = preparation.entry.plan
         assert isinstance(plan, CheckpointPlan)
-        if isinstance(cause, DiskStalled):
-            # What is stuck may yet be done, so no file is touched before; but the guest runs.
-            self._job.stalled = cause
+        if not (plan.halts and await self._is_committed()):
+            # Before any other file is looked at: their disk may stall.
             await self._let_guest_run(plan, cause)
+        if isinstance(cause, DiskStalled):
+            # What is stuck may yet be done, so no file is touched before.
+            self._job.stalled = cause
         elif not await self._is_committed():
             await self._undo(preparation, cause, was)
 
     async def _let_guest_run(self, plan: CheckpointPlan, cause: BaseException) -> None:
         self._job.enter(Phase.UNDOING)
         try:
-            await settle_migration(self._vm, plan, self._job.patience)
-            await give_back_run_state(self._vm, plan)
+            self._tell_of(await let_guest_go(self._vm, plan, self._job.patience), cause)
         except GuestLeftPaused as exc:
             raise exc from cause
         except QsnapError as exc:
@@ -288,12 +290,17 @@ class Checkpoint:
             # An agent that has not answered may have frozen what nobody has thawed yet.
             frozen = isinstance(cause, AgentError) and was is Effect.UNKNOWN
             self._job.effect = Effect.ROLLED_BACK
-            if done:
-                _log.warning("VM %s: %s", plan.vm, done)
-                self._note((done,))
-                if isinstance(cause, QsnapError):
-                    cause.add(done)
+            self._tell_of(done, cause)
             self._set_effect(cause, Effect.PARTIAL if frozen else Effect.ROLLED_BACK)
+
+    def _tell_of(self, done: str | None, cause: BaseException) -> None:
+        """*done*: what had to be done to the guest, if anything."""
+        if done is None:
+            return
+        _log.warning("VM %s: %s", self._vm.name, done)
+        self._note((done,))
+        if isinstance(cause, QsnapError):
+            cause.add(done)
 
     def _set_effect(self, cause: BaseException, effect: Effect) -> None:
         self._job.effect = effect

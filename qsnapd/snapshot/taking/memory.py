@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import queue
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from qsnapd.qmp.commands import AddFd, GetFd
 from qsnapd.qmp.migration import Migrate
 from qsnapd.qmp.session import QmpSession
 from qsnapd.snapshot.taking.room import image_bytes
+from qsnapd.snapshot.taking.saving import STANDSTILL_LIMIT_S
 
 CHUNK_BYTES = 1 << 20
+QUEUED_CHUNKS = 16
+_END = b""
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ class MemoryTarget:
 
 
 class Drain:
-    """Copies a pipe to a file, and goes on reading when the file can take no more.
+    """Copies a pipe to a file, and goes on reading when the file can take no more, or stalls.
 
     QEMU < 10.0 freezes its guest when a background snapshot fails, so it must never see
     a failure: the snapshot fails here instead.
@@ -88,37 +92,51 @@ class Drain:
         with suppress(OSError):  # this user has too many large pipes; only slower without
             fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
         self._target = os.dup(target)
+        self._chunks = queue.Queue[bytes](QUEUED_CHUNKS)
         self._failure: OSError | None = None
-        self._thread = threading.Thread(target=self._copy, name="drain", daemon=True)
-        self._thread.start()
+        self._reading = threading.Thread(target=self._read, name="drain", daemon=True)
+        self._writing = threading.Thread(target=self._write, name="drain-to", daemon=True)
+        self._reading.start()
+        self._writing.start()
 
     def let_go(self) -> None:
         """Close our end for writing: QEMU's is the only one left."""
         os.close(self.writer)
 
-    def _copy(self) -> None:
+    def _read(self) -> None:
         try:
             while chunk := os.read(self._reader, CHUNK_BYTES):
-                if self._failure is None:
-                    self._write(chunk)
+                self._pass_on(chunk)
+            self._pass_on(_END)
         finally:
             os.close(self._reader)
-            os.close(self._target)
 
-    def _write(self, chunk: bytes) -> None:
-        view = memoryview(chunk)
+    def _pass_on(self, chunk: bytes) -> None:
+        if self._failure is not None:
+            return
         try:
-            while view:
-                view = view[os.write(self._target, view) :]
+            self._chunks.put(chunk, timeout=STANDSTILL_LIMIT_S)
+        except queue.Full:
+            self._failure = OSError(errno.ETIMEDOUT, "the disk stalls")
+
+    def _write(self) -> None:
+        try:
+            while (chunk := self._chunks.get()) and self._failure is None:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(self._target, view) :]
         except OSError as exc:
             self._failure = exc
+        finally:
+            os.close(self._target)
 
     def finish(self) -> None:
         """Wait until QEMU's last byte is in the file. Blocks: call it in a thread.
 
         Raises: CaptureFailed: the file could not take it all.
         """
-        self._thread.join()
+        self._reading.join()
+        if self._failure is None:
+            self._writing.join()
         if self._failure is not None:
-            number = self._failure.errno or errno.EIO
-            raise CaptureFailed(f"the memory image could not be written: {os.strerror(number)}")
+            raise CaptureFailed(f"the memory image could not be written: {self._failure.strerror}")

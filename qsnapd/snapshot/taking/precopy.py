@@ -13,7 +13,7 @@ from qsnapd.qmp.commands import Stop
 from qsnapd.qmp.migration import MigrateContinue, MigrationInfo
 from qsnapd.snapshot.taking.capture import Capture, Stopwatch
 from qsnapd.snapshot.taking.hold import hold_for_storage
-from qsnapd.snapshot.taking.saving import wait_saved
+from qsnapd.snapshot.taking.saving import STANDSTILL_LIMIT_S, wait_saved
 
 
 class LimitReached(Exception):
@@ -51,7 +51,8 @@ async def capture_precopy(capture: Capture) -> None:
         await hold_for_storage(capture)
         await session.execute(MigrateContinue())
         await capture.job.reach(Point.CAPTURE_CONTINUED)
-        info = await wait_saved(session, "completed", watcher=capture.watch)
+        with capture.job.patience.at_most(STANDSTILL_LIMIT_S):
+            info = await wait_saved(session, "completed", watcher=capture.watch)
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
         await capture.job.reach(Point.CAPTURE_SAVED)
         await capture.leave_postmigrate()

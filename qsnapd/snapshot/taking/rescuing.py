@@ -37,6 +37,10 @@ SILENCE_LIMIT_S = 30.0
 """How long it may be silent for another reason."""
 LOOK_EVERY_S = 0.1
 """Backstop between looks at something that also sends events."""
+FREED = (
+    "QEMU had frozen its guest, as it does before 9.0 when a background snapshot fails; qsnapd has "
+    "freed it from outside"
+)
 BEGIN_LIMIT_S = 5.0
 """A save that has failed is still being cleared away for a moment."""
 
@@ -56,7 +60,7 @@ async def settle_drained(
     Raises: GuestLeftPaused: QEMU has frozen its guest, and it could not be freed. ReplyTimeout:
       QEMU is silent for another reason. VmError.
     """
-    freed: str | None = None
+    is_freed = False
     silence: ReplyTimeout | None = None
     heard_s = trio.current_time()
     advance = Advance(patience)
@@ -70,40 +74,37 @@ async def settle_drained(
                 silence, heard_s = None, trio.current_time()
                 advance.note(info)
             if info is None or not info.active:
-                freed = await free_guest(plan.vm, vm.identity) or freed
+                is_freed |= await free_guest(plan.vm, vm.identity)
             if info is not None:
                 if not info.active:
-                    return freed
+                    return FREED if is_freed else None
                 with trio.move_on_after(LOOK_EVERY_S):
                     await events.receive()
     raise silence
 
 
-async def free_guest(vm: str, identity: ProcessIdentity) -> str | None:
-    """Free the guest of *vm* from a save that is over; needs no monitor.
+async def free_guest(vm: str, identity: ProcessIdentity) -> bool:
+    """Free the guest of *vm* from a save that is over or stuck; needs no monitor.
 
-    Preconditions: the snapshot has been given up, and its save has ended or QEMU is silent.
-    Returns what was done, in words; None if none of its memory is protected. Idempotent.
+    Preconditions: the snapshot has been given up, and its save has ended or QEMU is silent, or
+    it is a QEMU that has been told to cancel.
+    Returns whether any of its memory was protected. Idempotent.
     Raises: GuestLeftPaused: it could not be freed. SessionLost: the process has ended. VmError.
     """
     try:
         # Not abandoned when cancelled: half of the memory would be of no use to anybody.
         freed = await trio.to_thread.run_sync(release_memory, identity)
     except NothingToRescue:
-        return None
+        return False
     except RescueFailed as exc:
         raise GuestLeftPaused(
-            f"QEMU has frozen the guest of VM {vm}, as it does before 9.0 when a background "
-            f"snapshot fails, and qsnapd could not free it: {exc}. Else only a restart of QEMU "
-            "helps",
+            f"the guest of VM {vm} is frozen by a background snapshot that has failed, and qsnapd "
+            f"could not free it: {exc}. Else only a restart of QEMU helps",
             effect=Effect.GUEST_PAUSED,
         ) from exc
     held_bytes = sum(memory.length_bytes for memory in freed)
     _log.info("VM %s: released %d MiB of QEMU's memory", vm, held_bytes >> 20)
-    return (
-        "QEMU had frozen its guest, as it does before 9.0 when a background snapshot fails; "
-        "qsnapd has freed it from outside"
-    )
+    return True
 
 
 async def make_save_again(vm: AttachedVm, plan: CheckpointPlan) -> None:

@@ -12,6 +12,8 @@ from qsnapd.qmp.session import QmpSession
 
 PROGRESS_EVERY_S = 0.2
 """Between the events that tell of a change of status, ask this often for the bytes."""
+STANDSTILL_LIMIT_S = 10.0
+"""How long a save may come no further for which the guest stands still, or waits at a page."""
 
 Watcher = Callable[[MigrationInfo], Awaitable[None]]
 
@@ -51,20 +53,29 @@ async def ask(session: QmpSession, *, limit_s: float) -> MigrationInfo:
 
 
 class Advance:
-    """Lets a patience hear whenever a save has come further."""
+    """Notes whenever a save has come further, and lets a patience hear it."""
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
         self._was: tuple[str | None, int] | None = None
+        self._came_at_s = trio.current_time()
 
-    def note(self, info: MigrationInfo | None) -> None:
-        """*info*: None if QEMU has not said."""
+    def note(self, info: MigrationInfo | None) -> bool:
+        """Whether it has come further since the last call. *info*: None if QEMU has not said."""
         if info is None:
-            return
+            return False
         now = info.status, info.ram.transferred_bytes if info.ram is not None else 0
-        if now != self._was:
-            self._was = now
-            self._patience.tick()
+        if now == self._was:
+            return False
+        self._was = now
+        self._came_at_s = trio.current_time()
+        self._patience.tick()
+        return True
+
+    @property
+    def stands_for_s(self) -> float:
+        """How long it has come no further."""
+        return trio.current_time() - self._came_at_s
 
 
 def require_alive(info: MigrationInfo) -> None:

@@ -3,7 +3,7 @@
 from qsnapd.faults import Point
 from qsnapd.snapshot.taking.capture import Capture, Stopwatch
 from qsnapd.snapshot.taking.hold import hold_for_storage
-from qsnapd.snapshot.taking.saving import wait_saved
+from qsnapd.snapshot.taking.saving import STANDSTILL_LIMIT_S, wait_saved
 
 
 async def capture_stopped(capture: Capture) -> None:
@@ -19,7 +19,8 @@ async def capture_stopped(capture: Capture) -> None:
         await hold_for_storage(capture)
         await capture.begin_saving()
         await capture.reserve_again()
-        info = await wait_saved(capture.vm.session, "completed", watcher=capture.watch)
+        with capture.job.patience.at_most(STANDSTILL_LIMIT_S):
+            info = await wait_saved(capture.vm.session, "completed", watcher=capture.watch)
         capture.require_held()
         capture.capture_ms = round(watch.ms - capture.pivot_ms, 3)
         await capture.job.reach(Point.CAPTURE_SAVED)

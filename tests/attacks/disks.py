@@ -1,0 +1,184 @@
+"""Jobs whose disk fills up, breaks or stalls, that of the memory image and of the store."""
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+import trio
+
+from qsnapd.errors import QsnapError
+from qsnapd.model.snapshot import Strategy
+from tests.attacks.campaign import OpenLane
+from tests.attacks.forge import Forge, Forged
+from tests.attacks.killing import struck
+from tests.attacks.lane import Lane, difference, open_lane, outcome
+from tests.attacks.media import MIB, Kind, Medium, open_medium, run
+from tests.parts import Qemu
+from tests.real.cases import VM
+from tests.real.footprint import Footprint
+
+SIZE_BYTES = 512 * MIB
+NEEDED_BYTES = 230 * MIB
+"""For the guest's memory, its devices' state, and what is to stay free; and a little more."""
+LEVELS = 20
+LATEST_S = 0.6
+ANSWER_LIMIT_S = 10.0
+
+
+def medium_of(lane: Lane) -> Medium:
+    assert lane.medium is not None, "its store is on a file system of its own"
+    return lane.medium
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Not more than that is free when the job begins."""
+
+    strategy: Strategy
+    level: int
+    """0: nothing; LEVELS - 1: just enough."""
+
+    def __str__(self) -> str:
+        return f"disk filled to level {self.level}, {self.strategy}"
+
+    async def attack(self, lane: Lane) -> None:
+        medium = medium_of(lane)
+        async with lane.daemon() as daemon:
+            await lane.settled(daemon)
+            before, name = await lane.look(), lane.new_name("s")
+            medium.fill(leaving_bytes=NEEDED_BYTES * self.level // (LEVELS - 1))
+            error = await outcome(partial(lane.create, daemon, name, strategy=self.strategy))
+            await lane.guest_runs()
+            medium.clear()
+            await lane.settled(daemon)
+            assert (error is None) is (self.level == LEVELS - 1), repr(error)
+            if error is not None:
+                now = await lane.look()
+                assert now == before, f"left over: {difference(before, now)}"
+            await lane.goes_on(daemon, self.strategy)
+            await daemon.end()
+
+
+class Failure(StrEnum):
+    """What becomes of a disk in the midst of a job."""
+
+    FULL = "full"
+    """ENOSPC."""
+    QUOTA = "quota used up"
+    """EDQUOT."""
+    DEAD = "dead"
+    """EIO, until it is mounted again."""
+    READ_ONLY = "read-only"
+    """EROFS, until it is mounted again."""
+    STALLED = "stalled"
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.BTRFS if self is Failure.QUOTA else Kind.EXT4
+
+    @property
+    def needs_mount(self) -> bool:
+        return self in (Failure.DEAD, Failure.READ_ONLY)
+
+
+@dataclass(frozen=True)
+class Fails:
+    """In the midst of a job the disk fails, and is mended only once the guest runs all the same."""
+
+    failure: Failure
+    strategy: Strategy
+    seed: int
+
+    def __str__(self) -> str:
+        return f"disk {self.failure}, {self.strategy}, {self.seed}"
+
+    async def attack(self, lane: Lane) -> None:
+        medium = medium_of(lane)
+        async with lane.daemon() as daemon:
+            await lane.settled(daemon)
+            before, name = await lane.look(), lane.new_name("s")
+            job = partial(lane.create, daemon, name, strategy=self.strategy)
+            fail = partial(self._fail, medium)
+            error = await struck(job, fail, random.Random(self.seed).uniform(0, LATEST_S))
+            await lane.guest_runs()
+            with trio.fail_after(ANSWER_LIMIT_S):
+                await daemon.call("GetVm", vm=VM)
+            if self.failure.needs_mount:
+                await daemon.end()
+            await self._mend(medium)
+            if not self.failure.needs_mount:
+                await self._require_whole(lane, daemon, error, before, name)
+        if self.failure.needs_mount:
+            async with lane.daemon() as daemon:
+                await self._require_whole(lane, daemon, error, before, name)
+
+    async def _fail(self, medium: Medium) -> None:
+        match self.failure:
+            case Failure.FULL:
+                medium.fill(leaving_bytes=0)
+            case Failure.QUOTA:
+                await medium.limit(MIB)
+            case Failure.DEAD:
+                medium.shut_down()
+            case Failure.READ_ONLY:
+                await medium.become_read_only()
+            case Failure.STALLED:
+                await medium.stall()
+
+    async def _mend(self, medium: Medium) -> None:
+        match self.failure:
+            case Failure.FULL:
+                medium.clear()
+            case Failure.QUOTA:
+                await medium.limit(None)
+            case Failure.DEAD | Failure.READ_ONLY:
+                await medium.unmount()
+                await medium.mount()
+            case Failure.STALLED:
+                await medium.go_on()
+
+    async def _require_whole(
+        self, lane: Lane, daemon: Forged, error: QsnapError | None, before: Footprint, name: str
+    ) -> None:
+        """The snapshot is there and durable, or there is nothing of it."""
+        await lane.settled(daemon)
+        is_there = name in await lane.listed(daemon)
+        assert is_there or error is not None, "it is lost"
+        if is_there:
+            await lane.restores(daemon, name)
+        else:
+            now = await lane.look()
+            assert now == before, f"left over: {difference(before, now)}; {error}"
+        await lane.goes_on(daemon, self.strategy)
+        await daemon.end()
+
+
+def fillings(strategy: Strategy) -> Iterator[Filled]:
+    """All levels, from nothing to just enough."""
+    return (Filled(strategy, level) for level in range(LEVELS))
+
+
+def failures(failure: Failure, how_many: int, seed: int) -> Iterator[Fails]:
+    """So many, at instants drawn by lot, with each strategy in turn."""
+    for number, strategy in enumerate(islice(cycle(Strategy), how_many)):
+        yield Fails(failure, strategy, seed * 1_000_000 + number)
+
+
+def lanes_on(kind: Kind) -> OpenLane:
+    """VMs whose store is on a small file system of that kind."""
+
+    @asynccontextmanager
+    async def opened(forge: Forge, qemu: Qemu, folder: Path) -> AsyncIterator[Lane]:
+        async with (
+            open_medium(kind, folder, SIZE_BYTES) as medium,
+            open_lane(forge, qemu, folder, medium=medium) as lane,
+        ):
+            await run("sync", "--file-system", medium.path)
+            yield lane
+
+    return opened
