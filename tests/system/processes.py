@@ -98,11 +98,16 @@ async def _replies(stream: trio.SocketStream) -> AsyncGenerator[dict[str, Any], 
 
 @asynccontextmanager
 async def open_daemon(
-    folder: Path, vms: Mapping[str, Vm], qemu_img: Path, *, log: IO[bytes] | None = None
+    folder: Path,
+    vms: Mapping[str, Vm],
+    qemu_img: Path,
+    *,
+    log: IO[bytes] | None = None,
+    umask: int = -1,
 ) -> AsyncIterator[Daemon]:
     """Run `qsnapd serve` on *vms* for the block; its state stays below *folder*.
 
-    What it logs goes to *log*, by default to our own stderr.
+    What it logs goes to *log*, by default to our own stderr; its *umask* is ours by default.
 
     On exit: it was told to end, and did so in time.
     """
@@ -126,7 +131,8 @@ async def open_daemon(
         await ready.bind(str(notify))
         async with trio.open_nursery() as nursery:
             environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
-            start = partial(trio.run_process, argv, stderr=log, env=environment, check=False)
+            options = {"stderr": log, "env": environment, "umask": umask, "check": False}
+            start = partial(trio.run_process, argv, **options)
             process: trio.Process = await nursery.start(start)
             with trio.fail_after(READY_LIMIT_S):
                 assert await ready.recv(100) == b"READY=1"

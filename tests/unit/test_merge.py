@@ -1,5 +1,6 @@
 """Merging an overlay whose QEMU is gone, on real qcow2 files: nothing newer is ever lost."""
 
+import errno
 import os
 import subprocess
 from functools import partial
@@ -10,7 +11,7 @@ import trio
 
 from qsnapd.errors import StoreError
 from qsnapd.model.plan import OverlayPlan, PivotPlan
-from qsnapd.snapshot.merge import merge_offline
+from qsnapd.snapshot.merge import holds_data, merge_offline, require_unwritten
 from tests.parts import find_qemu
 from tests.real.test_reuse import loop_device
 
@@ -58,7 +59,10 @@ def holds(image: Path | str, pattern: int) -> bool:
 
 
 def merge(pivot: PivotPlan, ours: frozenset[int], qemu_img: str = IMG) -> None:
-    trio.run(partial(merge_offline, pivot, ours, qemu_img=qemu_img))
+    """Do what is done at first, when nothing has been merged yet."""
+    if trio.run(partial(holds_data, pivot, ours, qemu_img=qemu_img)):
+        require_unwritten(pivot, ours)
+        trio.run(partial(merge_offline, pivot, ours, qemu_img=qemu_img))
 
 
 def inodes(pivot: PivotPlan) -> frozenset[int]:
@@ -85,6 +89,36 @@ def test_a_base_written_to_since_is_never_overwritten(pivot: PivotPlan) -> None:
     with pytest.raises(StoreError, match="started from it again"):
         merge(pivot, inodes(pivot))
     assert holds(pivot.overlay.backing, 3)
+    assert holds(pivot.overlay.path, 2)
+
+
+def test_a_merge_that_was_cut_off_is_done_again(pivot: PivotPlan) -> None:
+    """The image below is the newer one then, and it is known that it was us."""
+    write(pivot.overlay.path, 2)
+    merge(pivot, inodes(pivot))
+    write(pivot.overlay.backing, 7)
+    trio.run(partial(merge_offline, pivot, inodes(pivot), qemu_img=IMG))
+    assert holds(pivot.overlay.backing, 2)
+
+
+def test_a_merge_that_does_not_get_to_the_disk_has_failed(
+    pivot: PivotPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it fails again, although the kernel then says that all is well."""
+    write(pivot.overlay.path, 2)
+    synced: list[str] = []
+
+    def fail_once(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        if len(synced) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(StoreError, match=r"cannot write .*web\.qcow2 to stable storage"):
+        merge(pivot, inodes(pivot))
+    assert synced == [pivot.overlay.backing]
+    with pytest.raises(StoreError, match="could not be written to stable storage before"):
+        trio.run(partial(merge_offline, pivot, inodes(pivot), qemu_img=IMG))
     assert holds(pivot.overlay.path, 2)
 
 
