@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,16 +208,22 @@ async def mended(supervisor: Supervisor) -> str | None:
     try:
         with trio.fail_after(MEND_LIMIT_S):
             await supervisor.wait_settled()
-            while True:
-                async with supervisor.mender._mending:  # not in the middle of it
-                    await trio.testing.wait_all_tasks_blocked()  # what it has set going goes
-                    if not await trio.to_thread.run_sync(_is_unfinished, supervisor):
-                        return None
+            while not await _is_mended(supervisor):
+                await trio.testing.wait_all_tasks_blocked()
     except trio.TooSlowError:
         return f"it is not mended: {supervisor.problem}"
+    return None
 
 
-def _is_unfinished(supervisor: Supervisor) -> bool:
-    store = supervisor.store
-    stands = any((store.directory / name).exists() for name in UNFINISHED)
-    return stands or supervisor.job is not None
+async def _is_mended(supervisor: Supervisor) -> bool:
+    mender, folder = supervisor.mender, supervisor.store.directory
+    async with mender._mending:  # not in the middle of it
+        await trio.testing.wait_all_tasks_blocked()
+        channels = [each.statistics() for each in (mender._deletions, mender._reverts)]
+        is_at_rest = all(c.tasks_waiting_receive and not c.current_buffer_used for c in channels)
+        stands = await trio.to_thread.run_sync(_any_of, folder, UNFINISHED)
+        return is_at_rest and supervisor.job is None and not stands
+
+
+def _any_of(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).exists() for name in names)
