@@ -65,6 +65,8 @@ class Slots:
     disk_pause_us: int = 0
     sign_ms: int = 500
     """How often it says that it lives; at most every millisecond."""
+    flushes: bool = False
+    """Whether what it says to have written outlives QEMU, and its host."""
     kernel_options: str = ""
 
 
@@ -296,7 +298,8 @@ def _guest_arguments(guest: Guest, machine: MachineType, folder: Path) -> list[s
         options = (
             f"{QUICK_KERNEL} {clock}{guest.kernel_options} "  # the rest is what slots.c reads
             f"slots.memory_mib={guest.memory_mib} slots.dirty_mib_s={guest.dirty_mib_s} "
-            f"slots.disk_pause_us={guest.disk_pause_us} slots.sign_ms={guest.sign_ms}"
+            f"slots.disk_pause_us={guest.disk_pause_us} slots.sign_ms={guest.sign_ms} "
+            f"slots.flush={guest.flushes:d}"
         )
         return ["-kernel", str(kernel()), "-initrd", str(initrd()), "-append", options]
     if isinstance(guest, Agent):

@@ -6,6 +6,7 @@
  *   slots.dirty_mib_s=N    how fast it is dirtied, MiB/s; 0: not at all (default 0)
  *   slots.disk_pause_us=N  pause after each disk write (default 0)
  *   slots.sign_ms=N        time between signs of life (default 500)
+ *   slots.flush=N          1: flush a disk when it was walked over, before that is told (default 0)
  *
  * What it prints, one line each:
  *
@@ -75,7 +76,7 @@ static struct disk disks[DISKS_LIMIT];
 static unsigned disk_count;
 static _Atomic uint64_t generation;
 static uint64_t page_count;
-static unsigned long memory_mib = 16, dirty_mib_s, disk_pause_us, sign_ms = 500;
+static unsigned long memory_mib = 16, dirty_mib_s, disk_pause_us, sign_ms = 500, flush;
 
 /* One line, one write: lines of different threads must not mix. */
 __attribute__((format(printf, 1, 2)))
@@ -121,6 +122,12 @@ static void write_slot(struct disk *disk, unsigned slot, uint64_t seq)
     disk->seq[slot] = seq;
 }
 
+static void flush_disk(struct disk *disk)
+{
+    if (flush && fsync(disk->fd))
+        say("ERROR %s flush %d", disk->name, errno);
+}
+
 static void check_slot(struct disk *disk, unsigned slot)
 {
     struct slot *found = disk->buffer;
@@ -146,6 +153,8 @@ static void *write_disk(void *argument)
     for (unsigned slot = 0;; slot = (slot + SLOT_STEP) % SLOTS) {
         check_slot(disk, slot);
         write_slot(disk, slot, disk->seq[slot] + 1);
+        if (atomic_load(&disk->writes) % SLOTS == SLOTS - 1)
+            flush_disk(disk);
         atomic_fetch_add(&disk->writes, 1);
         if (disk_pause_us)
             usleep(disk_pause_us);
@@ -208,6 +217,7 @@ static void add_disk(const char *name)
         abort();
     for (unsigned slot = 0; slot < SLOTS; slot++)
         write_slot(disk, slot, 0);
+    flush_disk(disk);
 }
 
 static void read_command_line(void)
@@ -222,6 +232,7 @@ static void read_command_line(void)
         sscanf(word, "slots.dirty_mib_s=%lu", &dirty_mib_s);
         sscanf(word, "slots.disk_pause_us=%lu", &disk_pause_us);
         sscanf(word, "slots.sign_ms=%lu", &sign_ms);
+        sscanf(word, "slots.flush=%lu", &flush);
     }
 }
 
