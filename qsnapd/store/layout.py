@@ -18,7 +18,7 @@ from typing import Self
 
 from qsnapd.errors import StoreError
 from qsnapd.image.files import sync_directory
-from qsnapd.model.names import check_name
+from qsnapd.model.names import check_name, is_name
 from qsnapd.store.snapshots import VmStore
 
 _TELLING = (".restoring.json", ".vm.json")
@@ -77,7 +77,7 @@ class Store:
         """
         with _naming(f"cannot read the state directory {self.state_dir}"):
             found = [path.name for path in self.state_dir.iterdir() if path.is_dir()]
-        return tuple(sorted(filter(_is_name, found)))
+        return tuple(sorted(filter(is_name, found)))
 
     def is_used(self, name: str) -> bool:
         """Whether anything is kept of a VM *name*. Raises: StoreError."""
@@ -117,14 +117,6 @@ class Store:
             directory.rmdir()
             sync_directory(self.state_dir)
         self._vms.pop(name, None)
-
-
-def _is_name(name: str) -> bool:
-    try:
-        check_name(name)
-    except ValueError:
-        return False  # a folder that is not of qsnapd's making
-    return True
 
 
 def make_directory(path: Path) -> None:
