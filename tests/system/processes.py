@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -98,11 +98,17 @@ async def _replies(stream: trio.SocketStream) -> AsyncGenerator[dict[str, Any], 
 
 @asynccontextmanager
 async def open_daemon(
-    folder: Path, vms: Mapping[str, Vm], qemu_img: Path, *, log: IO[bytes] | None = None
+    folder: Path,
+    vms: Mapping[str, Vm],
+    qemu_img: Path,
+    *,
+    log: IO[bytes] | None = None,
+    settings: Sequence[str] = (),
 ) -> AsyncIterator[Daemon]:
     """Run `qsnapd serve` on *vms* for the block; its state stays below *folder*.
 
-    What it logs goes to *log*, by default to our own stderr.
+    *settings*: more lines for its section of the configuration. What it logs goes to *log*, by
+    default to our own stderr.
 
     On exit: it was told to end, and did so in time.
     """
@@ -113,6 +119,7 @@ async def open_daemon(
         f'state_dir = "{folder}/state"',
         f'runtime_dir = "{folder}"',
         f'qemu_img = "{qemu_img}"',
+        *settings,
     ]
     for name, vm in vms.items():
         lines += [f"[vm.{name}]", f'qmp = "{vm.qmp}"']
