@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
 
 def table_of(outcomes: Sequence["Outcome"]) -> Table:
-    table = Table("target", "inputs", "edges", "crashes", "peak MB", "s")
+    table = Table("target", "inputs", "edges", "crashes", "peak MB", "CPU s")
     for column in table.columns[1:]:
         column.justify = "right"
     for each in outcomes:
         numbers = (each.inputs, each.edges, int(each.failure is not None), each.peak_mb)
-        table.add_row(each.name, *(f"{number:,}" for number in numbers), f"{each.took_s:.0f}")
+        table.add_row(each.name, *(f"{number:,}" for number in numbers), f"{each.cpu_s:.0f}")
     table.add_section()
     crashes = sum(each.failure is not None for each in outcomes)
-    table.add_row("all", f"{sum(each.inputs for each in outcomes):,}", "", str(crashes), "", "")
+    inputs, cpu_s = sum(each.inputs for each in outcomes), sum(each.cpu_s for each in outcomes)
+    table.add_row("all", f"{inputs:,}", "", str(crashes), "", f"{cpu_s:,.0f}")
     return table
 
 

@@ -1,6 +1,8 @@
-"""Clients that mean harm: other users than root where that can be, each in a process of its own.
+"""Clients that mean harm: of another user where that can be, each in a process of its own.
 
-Plain sockets and loops; forked, so that it needs no file that another user may not read.
+python -m tests.fuzz.attackers ATTACK SOCKET    tells how it goes, a line of JSON each time
+
+Plain sockets and loops. It gives up root when all is read that another user may not read.
 """
 
 import json
@@ -9,10 +11,13 @@ import resource
 import select
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 IS_ROOT = os.geteuid() == 0
 NOBODY = 65534
@@ -26,34 +31,20 @@ HEAVY = (
 CONNECT_LIMIT_S = 20.0
 READ_LIMIT_S = 30.0
 
-Attack = Callable[[Path, Callable[[object], None]], None]
-"""What a process does to the socket; tells now and then how it goes."""
+Tell = Callable[[object], None]
 
 
 @contextmanager
-def attacking(control: Path, attack: Attack) -> Iterator[Callable[[], object]]:
+def attacking(control: Path, attack: Callable[[Path, Tell], None]) -> Iterator[Callable[[], Any]]:
     """Have *attack* going on as another user; returns what waits for the next that it tells."""
-    ours, theirs = os.pipe()
-    if (pid := os.fork()) == 0:
-        status = 1
-        try:
-            _become_another()
-            attack(control, lambda what: _tell(theirs, what))
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(theirs)
-    with open(ours, "rb") as told:
+    command = [sys.executable, "-m", "tests.fuzz.attackers", attack.__name__, str(control)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as attacker:
+        told = attacker.stdout
+        assert told is not None
         try:
             yield lambda: json.loads(told.readline())
         finally:
-            with suppress(ProcessLookupError):
-                os.kill(pid, 9)
-            os.waitpid(pid, 0)
-
-
-def _tell(pipe: int, what: object) -> None:
-    os.write(pipe, json.dumps(what).encode() + b"\n")
+            attacker.kill()
 
 
 def _become_another() -> None:
@@ -95,7 +86,7 @@ def read_reply(sock: socket.socket) -> bytes | None:
     return said
 
 
-def be_a_thousand(control: Path, tell: Callable[[object], None]) -> None:
+def be_a_thousand(control: Path, tell: Tell) -> None:
     """Open a thousand connections, ask on each, and keep them all."""
     socks = [connect(control) for _ in range(1000)]
     answers = []
@@ -109,7 +100,7 @@ def be_a_thousand(control: Path, tell: Callable[[object], None]) -> None:
     signal.pause()
 
 
-def ask_too_much(control: Path, tell: Callable[[object], None]) -> None:
+def ask_too_much(control: Path, tell: Tell) -> None:
     """Send heavy nonsense on as many connections as there may be, without an end."""
     poll = select.poll()
     socks = {sock.fileno(): sock for sock in (connect(control) for _ in range(60))}
@@ -136,7 +127,7 @@ def _ask_half(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-def come_and_go(control: Path, tell: Callable[[object], None]) -> None:
+def come_and_go(control: Path, tell: Tell) -> None:
     """Connect, again and again, and leave in every way there is."""
     tell("begun")
     ways: tuple[Callable[[socket.socket], object], ...] = (
@@ -151,3 +142,12 @@ def come_and_go(control: Path, tell: Callable[[object], None]) -> None:
         for way in ways:
             with connect(control) as sock, suppress(OSError):
                 way(sock)
+
+
+ATTACKS: dict[str, Callable[[Path, Tell], None]] = {
+    attack.__name__: attack for attack in (be_a_thousand, ask_too_much, come_and_go)
+}
+
+if __name__ == "__main__":
+    _become_another()
+    ATTACKS[sys.argv[1]](Path(sys.argv[2]), lambda what: print(json.dumps(what), flush=True))

@@ -9,12 +9,12 @@ import io
 import logging
 import os
 import re
+import resource
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -45,7 +45,7 @@ class Outcome:
     inputs: int
     edges: int
     peak_mb: int
-    took_s: float
+    cpu_s: float
     failure: str | None
     """The end of what it said, if something broke."""
 
@@ -55,20 +55,19 @@ class _Running:
     name: str
     folder: Path
     """For what it writes; gone when it has ended."""
-    began_s: float = field(default_factory=time.monotonic)
 
     @property
     def log(self) -> Path:
         return self.folder / "log"
 
-    def outcome(self, status: int) -> Outcome:
+    def outcome(self, status: int, used: resource.struct_rusage) -> Outcome:
         said = self.log.read_text(errors="replace")
         return Outcome(
             name=self.name,
             inputs=_last(r"number_of_executed_units:\s+(\d+)", said),
             edges=_last(r"cov: (\d+)", said),
             peak_mb=_last(r"peak_rss_mb:\s+(\d+)", said),
-            took_s=time.monotonic() - self.began_s,
+            cpu_s=used.ru_utime + used.ru_stime,
             failure=None if status == _DONE else "\n".join(said.splitlines()[-LINES_SHOWN:]),
         )
 
@@ -91,9 +90,9 @@ def run_all(
                 if (pid := os.fork()) == 0:
                     _become(child, runs[name], seed, failures)
                 running[pid] = child
-            pid, status = os.wait()
+            pid, status, used = os.wait3(0)
             child = running.pop(pid)
-            yield child.outcome(status)
+            yield child.outcome(status, used)
             shutil.rmtree(child.folder)
 
 
