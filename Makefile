@@ -36,5 +36,5 @@ $(VENV)/.prepared: pyproject.toml
 	@$(PYTHON) -m tests.parts venv $(VENV)
 	@echo 'installing Python packages ...'
 	@$(VENV)/bin/python -m pip install --quiet 'pip>=25.1'
-	@$(VENV)/bin/python -m pip install --quiet --editable . --group dev
+	@$(VENV)/bin/python -m pip install --quiet --editable . --group dev --group fuzz
 	@touch $@

@@ -3,13 +3,18 @@
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example may take depends on what else this machine does.
+hypothesis.settings.register_profile("gate", deadline=None)
+hypothesis.settings.load_profile("gate")
 
 # A shell that starts us in the background lets us, and all that we start, ignore this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GATE = ("test_gate.py", "test_layers.py")
-FOLDERS = ("unit", "real", "faults", "system", "bench")
+FOLDERS = ("unit", "fuzz", "real", "faults", "system", "bench")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -297,7 +297,8 @@ async def release_qemu(session: QmpSession, plan: CheckpointPlan) -> None:
         entry.capability: entry.state
         for entry in await session.execute(QueryMigrateCapabilities())
     }
-    back = {name: state for name, state in plan.capabilities_before.items() if now[name] != state}
+    before = plan.capabilities_before.items()
+    back = {name: state for name, state in before if now.get(name, state) != state}
     if back:
         await session.execute(MigrateSetCapabilities.of(back))
     if plan.parameters_before:

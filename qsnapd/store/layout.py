@@ -17,7 +17,7 @@ from typing import Self
 
 from qsnapd.errors import StoreError
 from qsnapd.image.files import allow_owner, make_directory, sync_removals
-from qsnapd.model.names import check_name
+from qsnapd.model.names import check_name, is_name
 from qsnapd.store.own_files import is_draft, is_of_a_vm
 from qsnapd.store.snapshots import VmStore
 
@@ -77,7 +77,7 @@ class Store:
         """
         with _naming(f"cannot read the state directory {self.state_dir}"):
             found = [path.name for path in self.state_dir.iterdir() if path.is_dir()]
-        return tuple(sorted(filter(_is_name, found)))
+        return tuple(sorted(filter(is_name, found)))
 
     def is_used(self, name: str) -> bool:
         """Whether anything is kept of a VM *name*. Raises: StoreError."""
@@ -131,14 +131,6 @@ def _require_no_strangers(directory: Path) -> None:
             f"{directory} holds what qsnapd has not put there ({', '.join(strangers)}): move that "
             "away first"
         )
-
-
-def _is_name(name: str) -> bool:
-    try:
-        check_name(name)
-    except ValueError:
-        return False  # a folder that is not of qsnapd's making
-    return True
 
 
 def _lock(path: Path) -> int:

@@ -41,7 +41,7 @@ from qsnapd.image.files import (
     replace_file,
     sync_directory,
 )
-from qsnapd.model.names import check_name
+from qsnapd.model.names import check_name, is_name
 from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
 from qsnapd.store.deletions import DELETION_NAME, DeletionJournal
 from qsnapd.store.journal import Journal
@@ -115,7 +115,7 @@ class VmStore:
     def current(self) -> str | None:
         """The snapshot the VM's disks go on from, if there is one and it still exists."""
         name = self._read(".current")
-        return name if name and (self.path(name) / MANIFEST_NAME).exists() else None
+        return name if is_name(name) and (self.path(name) / MANIFEST_NAME).exists() else None
 
     def current_as_written(self) -> str:
         """What `set_current` was given last, whether it exists or not; empty if nothing."""
@@ -135,7 +135,8 @@ class VmStore:
         """Snapshots that were begun: one per running job, else what a crash has left."""
         with self._failing("read"):
             entries = [e.name for e in os.scandir(self.directory) if e.name.endswith(_PARTIAL)]
-        return tuple(sorted(e[1 : -len(_PARTIAL)] for e in entries if e.startswith(".")))
+        names = (e[1 : -len(_PARTIAL)] for e in entries if e.startswith("."))
+        return tuple(sorted(filter(is_name, names)))
 
     def stage(self, name: str) -> Path:
         """Make the directory (0700) in which *name* grows until `commit`.

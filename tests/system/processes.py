@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -103,11 +103,13 @@ async def open_daemon(
     qemu_img: Path,
     *,
     log: IO[bytes] | None = None,
+    settings: Sequence[str] = (),
     umask: int = -1,
 ) -> AsyncIterator[Daemon]:
     """Run `qsnapd serve` on *vms* for the block; its state stays below *folder*.
 
-    What it logs goes to *log*, by default to our own stderr; its *umask* is ours by default.
+    *settings*: more lines for its section of the configuration. What it logs goes to *log*, by
+    default to our own stderr; its *umask* is ours by default.
 
     On exit: it was told to end, and did so in time.
     """
@@ -118,6 +120,7 @@ async def open_daemon(
         f'state_dir = "{folder}/state"',
         f'runtime_dir = "{folder}"',
         f'qemu_img = "{qemu_img}"',
+        *settings,
     ]
     for name, vm in vms.items():
         lines += [f"[vm.{name}]", f'qmp = "{vm.qmp}"']

@@ -196,6 +196,8 @@ def test_image_of_another_machine() -> None:
         map_words("-m 64", "pc.ram", "other")
     with pytest.raises(CannotMap, match="-m 134217728 does not have"):
         map_words("-M pc")
+    with pytest.raises(CannotMap, match=f"-m {'9' * 5000} does not have"):
+        map_words("-m " + "9" * 5000)
 
 
 @pytest.mark.parametrize(
