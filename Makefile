@@ -1,5 +1,7 @@
 # make demo    see it work: a throwaway VM, live and non-live checkpoints, a revert
 # make test    the whole gate: linters, types, all tests, on two real QEMUs
+# make faults  of these the attacks alone: kills, faults, bad disks, power failures, nonsense
+# make soak    the same in its long form, which takes a day
 # make bench   measure it: pauses, times and sizes, as ratios
 # make clean   remove what these made
 #
@@ -8,8 +10,10 @@
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
+PYTEST := $(VENV)/bin/pytest --numprocesses=auto --dist=worksteal
+ATTACKS := tests/faults tests/fuzz tests/crashes tests/attacks tests/real/test_rescue.py
 
-.PHONY: help prepare test demo bench clean
+.PHONY: help prepare test faults soak demo bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -18,7 +22,15 @@ prepare: $(VENV)/.prepared
 	@$(PYTHON) -m tests.parts
 
 test: prepare
-	$(VENV)/bin/pytest
+	$(PYTEST) -m "not alone"
+	$(VENV)/bin/pytest -m alone
+
+faults: prepare
+	$(PYTEST) $(ATTACKS)
+
+soak: prepare
+	QSNAPD_LONG=1 $(PYTEST) $(ATTACKS)
+	$(VENV)/bin/python -m tests.fuzz --long
 
 demo: prepare
 	@$(VENV)/bin/python -m tests.demo
@@ -36,5 +48,5 @@ $(VENV)/.prepared: pyproject.toml
 	@$(PYTHON) -m tests.parts venv $(VENV)
 	@echo 'installing Python packages ...'
 	@$(VENV)/bin/python -m pip install --quiet 'pip>=25.1'
-	@$(VENV)/bin/python -m pip install --quiet --editable . --group dev
+	@$(VENV)/bin/python -m pip install --quiet --editable . --group dev --group fuzz
 	@touch $@

@@ -1,5 +1,6 @@
 """The configuration file: TOML in, one frozen `Config` out, or an error that names the key."""
 
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,21 +21,40 @@ from qsnapd.errors import ConfigError
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import VmName
 
+SOCKET_PATH_LIMIT_BYTES = 107
+"""Linux allows no more."""
+
+
+def _plain(words: str) -> str:
+    if "\0" in words:
+        raise ValueError(f"{words!r} holds a character that ends words and names for the kernel")
+    return words
+
 
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError(f"{str(path)!r} is not an absolute path")
+    _plain(str(path))
     return path
 
 
+def _fitting(path: Path) -> Path:
+    too_long = len(os.fsencode(path)) - SOCKET_PATH_LIMIT_BYTES
+    if too_long > 0:
+        raise ValueError(f"{str(path)!r} is {too_long} bytes longer than a socket's path may be")
+    return path
+
+
+Words = Annotated[str, AfterValidator(_plain)]
 HostPath = Annotated[Path, AfterValidator(_absolute)]
+SocketPath = Annotated[HostPath, AfterValidator(_fitting)]
 UnitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9:_.\\@][A-Za-z0-9:_.\\@-]*\.service$")]
 
 
 class DaemonConfig(Frozen):
     """Section `[daemon]`."""
 
-    socket: HostPath = Path("/run/qsnapd/io.qsnapd")
+    socket: SocketPath = Path("/run/qsnapd/io.qsnapd")
     """Where clients connect; under socket activation systemd decides instead."""
     state_dir: HostPath = Path("/var/lib/qsnapd")
     """Snapshots and the journal: must survive a reboot."""
@@ -43,7 +63,7 @@ class DaemonConfig(Frozen):
     pending_dir: HostPath = Path("/var/lib/qsnapd-pending")
     """What `qsnapd exec` reads; lies beside `state_dir` unless it says more. It is apart from
     that because the users that QEMUs run as have to get there."""
-    qemu_img: str = Field(default="qemu-img", min_length=1)
+    qemu_img: Words = Field(default="qemu-img", min_length=1)
     stall_limit_s: PositiveFloat = 60.0
     """How long a job may come no further until it is given up, and undone."""
     low_water_bytes: NonNegativeInt = 64 << 20
@@ -55,9 +75,9 @@ class DaemonConfig(Frozen):
     bandwidth_bytes_per_s: PositiveInt | None = None
     """What all saves together may write, where QEMU keeps to it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    operator_group: str | None = None
+    operator_group: Words | None = None
     """Members may suspend, resume, checkpoint and revert, but not choose file names."""
-    reader_group: str | None = None
+    reader_group: Words | None = None
     """Members may look and listen."""
 
     @model_validator(mode="before")
@@ -76,13 +96,13 @@ class DaemonConfig(Frozen):
 class VmConfig(Frozen):
     """Section `[vm.NAME]`."""
 
-    qmp: HostPath
+    qmp: SocketPath
     """The QMP socket, for qsnapd alone: QEMU serves one client per monitor."""
-    agent: HostPath | None = None
+    agent: SocketPath | None = None
     """The guest agent's socket, for qsnapd alone."""
     freeze_limit_s: PositiveFloat = 60.0
     """How long the agent may take to freeze, and the file systems stay frozen."""
-    hook: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    hook: Annotated[tuple[Words, ...], Field(min_length=1)] | None = None
     """Program and arguments, run as the daemon while the guest is held for manual disks."""
     hold_limit_s: PositiveFloat = 60.0
     """How long the guest may be held for that."""
@@ -92,11 +112,11 @@ class VmConfig(Frozen):
     """Who starts QEMU when the VM is put back to a snapshot."""
     unit: UnitName | None = None
     """launcher = "unit": the VM's own, whose ExecStart= is `qsnapd exec VM -- ...`."""
-    properties: tuple[Annotated[str, Field(pattern=r"^[A-Za-z]+=")], ...] = ()
+    properties: tuple[Annotated[Words, Field(pattern=r"^[A-Za-z]+=")], ...] = ()
     """launcher = "systemd-run": of the transient unit."""
     start_limit_s: PositiveFloat | None = None
     """How long a QEMU may take to answer once started: by default 60 s, an hour if manual."""
-    instead: dict[str, str] = Field(default_factory=dict)
+    instead: dict[Words, Words] = Field(default_factory=dict)
     """What to put in place of options that cannot be repeated; see `vm.descriptors`."""
 
     @model_validator(mode="after")
@@ -149,6 +169,8 @@ def load(path: Path) -> Config:
         raise ConfigError(f"cannot read the configuration {path}: {exc.strerror}") from exc
     except ValueError as exc:  # bad TOML, or bytes that are not UTF-8
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    except RecursionError as exc:
+        raise ConfigError(f"{path} cannot be used: its values are nested too deep") from exc
     try:
         return Config.model_validate(tables)
     except ValidationError as exc:

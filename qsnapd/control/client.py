@@ -6,6 +6,7 @@ It imports neither trio nor pydantic: `qsnapctl` has to start in a moment.
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from typing import Any, Self
@@ -38,7 +39,9 @@ class Client:
         self._reply_limit_s = reply_limit_s
         self._buffer = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(reply_limit_s)
+        # Not a timeout of Python's: it makes a queue of clients that is full an error at once.
+        limit = struct.pack("@ll", int(reply_limit_s), int(reply_limit_s % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             self._socket.connect(self._path)
         except OSError as exc:
@@ -103,6 +106,8 @@ class Client:
                 sent = socket.send_fds(self._socket, [frame], [descriptor])
                 frame = frame[sent:]
             self._socket.sendall(frame)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it may have said why: that is read next
         except OSError as exc:
             raise ControlError(f"qsnapd closed the connection: {exc.strerror}") from exc
 
@@ -166,4 +171,6 @@ def _why(path: str, exc: OSError) -> str:
         return f"no daemon listens at {path}"
     if isinstance(exc, PermissionError):
         return f"no permission to connect to {path}"
+    if isinstance(exc, BlockingIOError):
+        return f"{path}: too many clients are waiting to be let in"
     return f"{path}: {exc.strerror or exc}"

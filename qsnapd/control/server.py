@@ -6,9 +6,9 @@ Foreseeable failures are replies. Anything else is a bug and leaves the nursery.
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Never, Self
 
 import trio
@@ -20,12 +20,22 @@ from qsnapd.control.authorization import Access, Peer, Role, require
 from qsnapd.control.host import Host
 from qsnapd.control.methods import METHODS
 from qsnapd.control.methods.base import Method
-from qsnapd.control.wire import Message, PeerGone, Wire
+from qsnapd.control.wire import (
+    MAX_REQUEST_BYTES,
+    MAX_SMALL_REQUEST_BYTES,
+    Message,
+    PeerGone,
+    Wire,
+)
 from qsnapd.errors import BadRequest, ControlError, QsnapError, StoreError
 from qsnapd.model.base import Frozen
 
 MAX_CONNECTIONS = 256
+"""Of all who are neither root nor the daemon's own user: these have room in any case."""
 MAX_CONNECTIONS_PER_USER = 64
+VALUES_LIMIT = 4096
+"""In one request. Some hundred are what a VM with many disks takes; each one that is wrong costs
+time and memory, though only the first is told."""
 
 _ERROR_FIELDS: dict[type, list[str]] = {
     error: list(interface.error_fields(error)) for error in interface.error_classes()
@@ -61,13 +71,31 @@ class _ServiceError(Exception):
         self.reply: Message = {"error": f"{interface.SERVICE}.{name}", "parameters": parameters}
 
 
+@dataclass
+class _User:
+    """Who is at the other end of some connections, for as long as there are any."""
+
+    is_admin: bool
+    connections: int = 0
+    turn: trio.Lock = field(default_factory=trio.Lock)
+
+    async def wait_turn(self) -> None:
+        """Let one request of this user begin at a time, and others' in between.
+
+        To parse one, or to spell out a long answer, takes milliseconds in which nobody else is
+        served. So somebody with many connections waits for himself, and not everybody for him.
+        """
+        async with self.turn:
+            await trio.lowlevel.checkpoint()
+
+
 class Server:
     """Answers clients on behalf of one host. Lives as long as the daemon."""
 
     def __init__(self, host: Host, access: Access) -> None:
         self._host = host
         self._access = access
-        self._connections: Counter[int] = Counter()
+        self._users = dict[int, _User]()
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serve one client until it leaves, rests for too long or talks nonsense.
@@ -75,22 +103,28 @@ class Server:
         Made for `trio.serve_listeners`. Jobs that the client started go on after it.
         """
         peer = Peer.of(stream.socket)
-        wire = Wire(stream, takes_descriptors=self._access.role(peer) >= Role.ADMIN)
-        self._connections[peer.uid] += 1
+        is_admin = self._access.role(peer) >= Role.ADMIN
+        limit_bytes = MAX_REQUEST_BYTES if is_admin else MAX_SMALL_REQUEST_BYTES
+        wire = Wire(stream, max_request_bytes=limit_bytes, takes_descriptors=is_admin)
+        user = self._users.setdefault(peer.uid, _User(is_admin))
+        user.connections += 1
         try:
             async with stream:
                 with wire:
-                    await self._converse(wire, peer)
+                    await self._converse(wire, peer, user)
         except* PeerGone:  # star: a call with "more" runs in a nursery
             pass  # what it asked for goes on
         finally:
-            self._connections[peer.uid] -= 1
+            user.connections -= 1
+            if not user.connections:
+                del self._users[peer.uid]
 
-    async def _converse(self, wire: Wire, peer: Peer) -> None:
+    async def _converse(self, wire: Wire, peer: Peer, user: _User) -> None:
         try:
-            self._check_room_for(peer)
+            self._check_room_for(peer, user)
             while (frame := await wire.receive()) is not None:
                 with _held(wire.take_descriptor()) as descriptor:
+                    await user.wait_turn()
                     await self._serve(wire, _Call.parse(frame), peer, descriptor)
             return
         except ControlError as exc:
@@ -98,10 +132,11 @@ class Server:
             farewell = _failure(exc)
         await wire.send(farewell)
 
-    def _check_room_for(self, peer: Peer) -> None:
-        if self._connections[peer.uid] > MAX_CONNECTIONS_PER_USER:
+    def _check_room_for(self, peer: Peer, user: _User) -> None:
+        if user.connections > MAX_CONNECTIONS_PER_USER:
             raise ControlError(f"user {peer.uid} holds {MAX_CONNECTIONS_PER_USER} connections")
-        if self._connections.total() > MAX_CONNECTIONS:
+        others = sum(user.connections for user in self._users.values() if not user.is_admin)
+        if not user.is_admin and others > MAX_CONNECTIONS:
             raise ControlError(f"there are {MAX_CONNECTIONS} connections already")
 
     async def _serve(
@@ -126,8 +161,10 @@ class Server:
         try:
             if call.method.startswith(f"{interface.SERVICE}."):
                 return {"parameters": _introspect(call)}
-            method = _parse(call)
-            require(self._access.role(peer), method.needed_role(), type(method).__name__)
+            role, kind = self._access.role(peer), _method_of(call)
+            require(role, kind.role, kind.__name__)  # before anything is parsed for it
+            method = _parse(call, kind)
+            require(role, method.needed_role(), kind.__name__)
             if method.role > Role.READER:
                 log.info("pid %d, uid %d: %s", peer.pid, peer.uid, call.method)
             method = _with_name(method, self._host)
@@ -143,7 +180,7 @@ class Server:
             return exc.reply
 
 
-def _parse(call: _Call) -> Method:
+def _method_of(call: _Call) -> type[Method]:
     name, _, member = call.method.rpartition(".")
     if name != interface.NAME:
         raise _ServiceError("InterfaceNotFound", interface=name)
@@ -154,6 +191,12 @@ def _parse(call: _Call) -> Method:
         raise _ServiceError("MethodNotImplemented", method=call.method)
     if method.only_more and (not call.more or call.oneway):
         raise _ServiceError("ExpectedMore")
+    return method
+
+
+def _parse(call: _Call, method: type[Method]) -> Method:
+    if _count(call.parameters) > VALUES_LIMIT:
+        raise BadRequest(f"a request must not hold more than {VALUES_LIMIT} values")
     try:
         # As JSON, so that strict means: of the interface's type, nothing converted.
         parameters = json.dumps(_without_nulls(call.parameters or {}), allow_nan=False)
@@ -181,6 +224,13 @@ def _refuse(failure: ValidationError) -> Never:
         raise _ServiceError("InvalidParameter", parameter=where) from failure
     reason = error["msg"].removeprefix("Value error, ")
     raise BadRequest(f"{where}: {reason}") from failure
+
+
+def _count(value: object) -> int:
+    """How many values *value* consists of."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + sum(map(_count, value)) if isinstance(value, list) else 1
 
 
 def _without_nulls(value: object) -> object:

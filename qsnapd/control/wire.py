@@ -15,6 +15,9 @@ import trio
 from qsnapd.errors import ControlError
 
 MAX_REQUEST_BYTES = 1 << 20
+"""For a whole manifest, which only root has reason to send."""
+MAX_SMALL_REQUEST_BYTES = 64 << 10
+"""For everything else; to parse one takes some milliseconds, in which nobody else is served."""
 IDLE_LIMIT_S = 300.0
 """How long a connection may rest between two requests."""
 MESSAGE_LIMIT_S = 10.0
@@ -44,11 +47,13 @@ class Wire:
         *,
         idle_limit_s: float = IDLE_LIMIT_S,
         message_limit_s: float = MESSAGE_LIMIT_S,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
         takes_descriptors: bool = False,
     ) -> None:
         """*takes_descriptors*: from somebody trusted. To close one may take as long as its
         file system likes; those that are not taken, the kernel drops without that."""
         self._stream = stream
+        self._max_request_bytes = max_request_bytes
         self._ancillary_bytes = _ANCILLARY_BYTES if takes_descriptors else 0
         self._idle_limit_s = idle_limit_s
         self._message_limit_s = message_limit_s
@@ -103,7 +108,7 @@ class Wire:
 
     async def wait_closed(self) -> None:
         """Return when the peer has closed its side, or sends more than we care to keep."""
-        while len(self._buffer) <= MAX_REQUEST_BYTES:
+        while len(self._buffer) <= self._max_request_bytes:
             try:
                 if not await self._fill():
                     return
@@ -114,12 +119,12 @@ class Wire:
         searched = 0
         while (end := self._buffer.find(0, searched)) < 0:
             searched = len(self._buffer)
-            if searched > MAX_REQUEST_BYTES:
+            if searched > self._max_request_bytes:
                 break
             if not await self._fill():
                 raise ControlError("the connection ended in the middle of a request")
-        if end < 0 or end > MAX_REQUEST_BYTES:
-            raise ControlError(f"a request must not be longer than {MAX_REQUEST_BYTES} bytes")
+        if end < 0 or end > self._max_request_bytes:
+            raise ControlError(f"a request must not be longer than {self._max_request_bytes} bytes")
         frame = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         return frame

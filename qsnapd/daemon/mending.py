@@ -25,7 +25,7 @@ from qsnapd.snapshot.recovery import (
     unfinished_revert,
 )
 from qsnapd.snapshot.restoring.start import Seat
-from qsnapd.snapshot.restoring.switch import Left, Switch
+from qsnapd.snapshot.restoring.switch import Switch
 from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.proc import find_launched
@@ -256,7 +256,7 @@ class Mender:
             except QsnapError:
                 continue  # whoever came first will hear of the journal
             try:
-                switch = Switch(self._vm, job, Left())
+                switch = Switch(self._vm, job)
                 await job.run(partial(switch.go_on, entry))
             finally:
                 self._vm.let_go()

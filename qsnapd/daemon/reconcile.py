@@ -22,6 +22,7 @@ from qsnapd.snapshot.restoring.revert import is_same
 from qsnapd.snapshot.taking.committing import is_committed
 from qsnapd.snapshot.taking.settling import give_back_run_state, settle_migration
 from qsnapd.snapshot.taking.thaw import thaw_owed
+from qsnapd.snapshot.undo import end_merges_back
 from qsnapd.store.layout import Store
 from qsnapd.store.owed_thaw import read_owed_thaw
 from qsnapd.store.registry import read_registration
@@ -81,6 +82,8 @@ async def _resume(name: str, qmp: Path, store: VmStore) -> None:
             await _resume_guest(name, vm, store, checkpoint, revert)
         elif checkpoint is not None and _may_freeze(checkpoint):
             await _resume_guest(name, vm, store, checkpoint, None)
+        if checkpoint is not None and is_same(vm, checkpoint):
+            await end_merges_back(vm.session, checkpoint)
         await release_guest(vm, store)
         done = await thaw_owed(vm, store, None)
         if done is not None:

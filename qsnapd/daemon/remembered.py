@@ -3,10 +3,12 @@
 QEMU knows that it is paused, but not by whom.
 """
 
-import json
 import logging
 
+from pydantic import NonNegativeInt, ValidationError
+
 from qsnapd.errors import StoreError
+from qsnapd.model.base import Frozen
 from qsnapd.model.state import Condition
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.identity import ProcessIdentity
@@ -14,25 +16,30 @@ from qsnapd.vm.identity import ProcessIdentity
 _log = logging.getLogger(__name__)
 
 
+class _Remembered(Frozen):
+    pid: NonNegativeInt
+    start_time_ticks: NonNegativeInt
+    condition: str
+
+
 def remember(store: VmStore, identity: ProcessIdentity, condition: Condition) -> None:
     """Write the condition of this very process down. Blocks. Raises: StoreError."""
-    words = {
-        "pid": identity.pid,
-        "start_time_ticks": identity.start_time_ticks,
-        "condition": condition.name,
-    }
-    store.remember_state(json.dumps(words))
+    known = _Remembered(
+        pid=identity.pid,
+        start_time_ticks=identity.start_time_ticks,
+        condition=condition.name,
+    )
+    store.remember_state(known.model_dump_json())
 
 
 def recall(store: VmStore, identity: ProcessIdentity) -> Condition | None:
     """What was last known of this very process; None if nothing is."""
     try:
-        known = json.loads(store.recall_state() or "{}")
-        if (known.get("pid"), known.get("start_time_ticks")) == (
-            identity.pid,
-            identity.start_time_ticks,
-        ):
-            return Condition[known["condition"]]
-    except (ValueError, KeyError, AttributeError, StoreError) as exc:
+        if (text := store.recall_state()) is None:
+            return None
+        known = _Remembered.model_validate_json(text)
+        if (known.pid, known.start_time_ticks) == (identity.pid, identity.start_time_ticks):
+            return Condition[known.condition]
+    except (ValidationError, KeyError, StoreError) as exc:
         _log.warning("the remembered state of VM %s is not understood: %s", store.vm, exc)
     return None

@@ -7,6 +7,7 @@ the sessions that jobs need for undoing, end last.
 
 import logging
 import os
+import resource
 import signal
 import socket
 from functools import partial
@@ -33,6 +34,9 @@ DRAIN_LIMIT_S = 20.0
 """How long a running job may go on after SIGTERM before it is cancelled and undone."""
 LAST_WORDS_LIMIT_S = 0.5
 """How long clients may take to read the last replies."""
+FILES_WANTED = 4096
+"""Open at once: some hundred clients, and about ten for each VM. Not more than that, because the
+QEMUs that are started inherit it, and close each that there might be when they run a script."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ async def serve(config: Config) -> None:
     On return: no job is running, no guest is held, nobody is served.
     Raises: StoreError: the state directory cannot be used. ControlError: the socket cannot.
     """
+    _allow_files()
     settings = config.daemon
     faults.plant_from_environment()
     access = Access.of_groups(operator=settings.operator_group, reader=settings.reader_group)
@@ -70,6 +75,14 @@ async def serve(config: Config) -> None:
                     jobs.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
                 talking.cancel_scope.deadline = trio.current_time() + LAST_WORDS_LIMIT_S
             watching.cancel_scope.cancel()
+
+
+def _allow_files() -> None:
+    """Raise our own limit of open files, as far as the host lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FILES_WANTED:
+        wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _provisions(vm: VmConfig) -> Provisions:

@@ -6,8 +6,11 @@ truncated, replaced nor removed.
 
 import ctypes
 import errno
+import logging
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from qsnapd.errors import Effect, StoreError, StoreFull, TargetRefused
@@ -22,6 +25,8 @@ _NO_PARTS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIP
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+_log = logging.getLogger(__name__)
 
 _CAUSES = {
     errno.EEXIST: "it exists already, and an existing file is never overwritten",
@@ -49,11 +54,67 @@ def create_exclusive(path: Path, *, dir_fd: int | None = None) -> int:
     On failure: as if never called; what lay at *path*, a dangling link too, is untouched.
     Raises: TargetRefused: with the reason in words.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, flags, 0o600, dir_fd=dir_fd)
+        return open_new(path, dir_fd=dir_fd)
     except OSError as exc:
         raise _refused(path, exc) from exc
+
+
+def open_new(path: Path, *, dir_fd: int | None = None) -> int:
+    """The same, for what is not named by a request. Raises: OSError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
+    allow_owner(fd)
+    return fd
+
+
+def allow_owner(fd: int, mode: int = 0o600) -> None:
+    """Give a new file what an umask has taken from its mode. Raises: OSError."""
+    now = stat.S_IMODE(os.fstat(fd).st_mode)
+    if now & mode != mode:
+        os.chmod(f"/proc/self/fd/{fd}", now | mode)  # fchmod refuses O_PATH
+
+
+def write_new(path: Path, text: str) -> None:
+    """Create the file *path* (0600) with *text* in it, which is synced. Raises: OSError."""
+    with open(open_new(path), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def create_directory(path: Path | str, *, mode: int = 0o700, dir_fd: int | None = None) -> None:
+    """Make the directory *path*, with this mode whatever the umask is. Raises: OSError."""
+    os.mkdir(path, mode, dir_fd=dir_fd)
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, dir_fd=dir_fd)
+    try:
+        allow_owner(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def create_lasting_directory(path: Path, *, mode: int = 0o700) -> None:
+    """The same, durable on return. On failure: as if never called. Raises: OSError."""
+    create_directory(path, mode=mode)
+    try:
+        sync_directory(path.parent)
+    except OSError:
+        path.rmdir()
+        raise
+
+
+def make_directory(path: Path, *, mode: int = 0o700) -> None:
+    """Have the directory *path*, and its name on disk; one that exists stays as it is.
+
+    What is missing above it is made likewise. Raises: OSError.
+    """
+    if not path.parent.exists():
+        make_directory(path.parent, mode=mode)
+    with suppress(FileExistsError):
+        create_lasting_directory(path, mode=mode)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
 
 def reopen(fd: int, flags: int) -> int:
@@ -101,6 +162,13 @@ def sync_file(fd: int) -> None:
 
 def sync_in_parts(fd: int, check: Callable[[], object]) -> None:
     """The same for a large file, *check* being called for every part of it. Raises: StoreError."""
+    try:
+        _sync_in_parts(fd, check)
+    except OSError as exc:
+        raise StoreError(f"cannot write a file to stable storage: {exc.strerror}") from exc
+
+
+def _sync_in_parts(fd: int, check: Callable[[], object]) -> None:
     for start in range(0, os.fstat(fd).st_size, _PART_BYTES):
         check()
         if _libc.sync_file_range(fd, start, _PART_BYTES, _WRITE_AND_WAIT) != 0:
@@ -108,9 +176,34 @@ def sync_in_parts(fd: int, check: Callable[[], object]) -> None:
             if number in _NO_PARTS:
                 break
             # The kernel tells of it once: the fsync to come would know of nothing.
-            raise StoreError(f"cannot write a file to stable storage: {os.strerror(number)}")
+            raise OSError(number, os.strerror(number))
     check()
-    sync_file(fd)
+    os.fsync(fd)
+
+
+_failed = set[FileIdentity]()
+"""Images that could not be synced once."""
+
+
+def sync_image(fd: int, check: Callable[[], object] = lambda: None) -> None:
+    """The same for a disk image, which is there before the job and after it.
+
+    A kernel tells once that it could not write something, and takes it for written then. So
+    an image that has failed is not believed again while this process lives; QEMU does the same.
+    Raises: StoreError.
+    """
+    image = identity(fd)
+    if image in _failed:
+        raise StoreError(
+            f"{image.path} could not be written to stable storage before, so that the next power "
+            "failure may take away what it holds: look at the kernel's log and at its disk, then "
+            "start qsnapd again"
+        )
+    try:
+        _sync_in_parts(fd, check)
+    except OSError as exc:
+        _failed.add(image)
+        raise StoreError(f"cannot write {image.path} to stable storage: {exc.strerror}") from exc
 
 
 def sync_directory(directory: Path) -> None:
@@ -120,6 +213,23 @@ def sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_removals(directories: Iterable[Path]) -> None:
+    """Return once nothing that was removed from *directories* can come back; missing ones are fine.
+
+    A failure is logged: the job that made what may come back is over all the same.
+    """
+    for directory in sorted(set(directories)):
+        try:
+            sync_directory(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as exc:
+            _log.warning(
+                "what was removed from %s may be there again after a power failure: %s",
+                directory, exc.strerror,
+            )  # fmt: skip
 
 
 def free_bytes(where: Path | int) -> int:
@@ -165,20 +275,27 @@ def write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
         done += os.pwrite(fd, memoryview(data)[done:], offset + done)
 
 
+class NotLasting(OSError):
+    """It is done, and the next power failure may take it back."""
+
+
 def replace_file(path: Path, text: str) -> None:
     """Put *text* in place of a file of our own (0600): all or nothing, durable on return.
 
-    Raises: OSError: the old one stands, unless only its folder could not be synced.
+    Raises: NotLasting: the new one stands. OSError: what stood there stands, or nothing.
     """
     draft = path.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    is_new = not path.exists()
+    draft.unlink(missing_ok=True)  # never used again: what failed to be synced may seem to be
+    write_new(draft, text)
     draft.rename(path)
-    sync_directory(path.parent)
+    try:
+        sync_directory(path.parent)
+    except OSError as exc:
+        if is_new:
+            path.unlink(missing_ok=True)
+            raise
+        raise NotLasting(exc.errno, exc.strerror, str(path)) from exc
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -201,9 +318,10 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield data, min(position, end)
 
 
-def remove_if_ours(path: Path, device: int, inode: int) -> bool:
-    """Remove *path* if it still is the file with this *device* and *inode*.
+def remove_if_ours(path: Path, inode: int) -> bool:
+    """Remove *path* if it still is the file with this *inode*.
 
+    By inode alone: device numbers may change when the host is started anew.
     Returns whether it was removed; False if it is missing or another file.
     Raises: StoreError: it is ours and cannot be removed.
     """
@@ -212,7 +330,7 @@ def remove_if_ours(path: Path, device: int, inode: int) -> bool:
         folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             status = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
-            if (status.st_dev, status.st_ino) != (device, inode):
+            if status.st_ino != inode:
                 return False
             os.unlink(path.name, dir_fd=folder)
             return True

@@ -29,5 +29,14 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_name(word: str) -> bool:
+    """Whether `check_name` would return it."""
+    try:
+        check_name(word)
+    except ValueError:
+        return False
+    return True
+
+
 VmName = Annotated[str, AfterValidator(check_name)]
 SnapshotName = Annotated[str, AfterValidator(check_name)]

@@ -245,6 +245,15 @@ class ClonePlan(Restore):
     """What differs from the original, and what they share."""
 
 
+class MergeBack(StrEnum):
+    """How far undoing a checkpoint has come with what the guest wrote into its overlays."""
+
+    BEGUN = "begun"
+    """The images below are being written to: they are newer than the overlays, and not whole."""
+    DONE = "done"
+    """They hold all of it, on stable storage; the overlays are of no use any more."""
+
+
 class JournalEntry(Frozen):
     """A plan under way, and for which process."""
 
@@ -256,3 +265,7 @@ class JournalEntry(Frozen):
     given: tuple[FileIdentity, ...] = ()
     """Files of others that its overlays are in: empty ones are known before they are written to,
     those that held something once they hold an overlay."""
+    merge_back: MergeBack | None = None
+    """None: nothing of it has begun."""
+    unused: tuple[FileIdentity, ...] = ()
+    """Overlays over the state that a revert leaves: nobody has written to them, and they go too."""

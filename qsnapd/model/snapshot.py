@@ -4,10 +4,11 @@ Its presence in the store is the snapshot's existence. `format` counts changes o
 file's layout, not of qsnapd.
 """
 
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AwareDatetime, Field, NonNegativeFloat
 
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName, VmName
@@ -20,9 +21,15 @@ MANIFEST_FORMAT = 3
 """
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""As the kernel takes words and names: without the character that ends them."""
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=(128 << 10) - 1)]
+"""As the kernel takes words and names: without the character that ends them, and not longer."""
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$")]
+Instant = Annotated[
+    AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9000, 1, 1, tzinfo=UTC))
+]
+"""That can be told in every time zone."""
+Count = Annotated[int, Field(ge=0, lt=1 << 64)]
+"""Of bytes, or what the kernel numbers files by."""
 Id = Annotated[int, Field(ge=0, lt=2**32 - 1)]
 """Of a user or group; the last one means "do not change" to the kernel."""
 
@@ -59,16 +66,16 @@ class FileIdentity(Frozen):
     """One file, recognised again under whatever name."""
 
     path: AbsolutePath
-    device: NonNegativeInt
-    inode: NonNegativeInt
+    device: Count
+    inode: Count
 
 
 class MemoryImage(Frozen):
     """The file holding one QEMU migration stream."""
 
     path: AbsolutePath
-    size_bytes: NonNegativeInt
-    allocated_bytes: NonNegativeInt
+    size_bytes: Count
+    allocated_bytes: Count
     sha256: Sha256 | None = None
     holes_are_zero: bool = False
     """mapped-ram: every page that is not in a bitmap reads as zeros, so RAM can be mapped."""
@@ -87,10 +94,10 @@ class DiskLayer(Frozen):
     """QEMU's path or id of the device that used the disk."""
     frozen: AbsolutePath
     """The image that holds what the guest saw at that moment."""
-    frozen_format: str
+    frozen_format: Text
     overlay: AbsolutePath | None
     """The image that took the guest's writes from then on; None if it came from another host."""
-    virtual_size_bytes: NonNegativeInt
+    virtual_size_bytes: Count
     chain: tuple[FileIdentity, ...]
     """The frozen image and its backing images, newest first."""
     known_as: tuple[FileIdentity, ...] = ()
@@ -101,7 +108,7 @@ class RamBlock(Frozen):
     """One block of guest RAM, by QEMU's id."""
 
     id: str
-    size_bytes: NonNegativeInt
+    size_bytes: Count
 
 
 class Process(Frozen):
@@ -120,13 +127,13 @@ class Process(Frozen):
 class Machine(Frozen):
     """The virtual hardware."""
 
-    type: str
+    type: Text
     """The versioned machine type QEMU resolved, e.g. "pc-i440fx-7.2"."""
     cpu: str | None = None
     cpu_features: tuple[str, ...] | None = None
     """What QEMU shows the guest of the host's CPU, by QEMU's names; None: not known."""
     uuid: str | None = None
-    ram_bytes: NonNegativeInt
+    ram_bytes: Count
     ram_blocks: tuple[RamBlock, ...] = ()
     process: Process
 
@@ -151,7 +158,7 @@ class Manifest(Frozen):
     parent: SnapshotName | None = None
     description: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
-    created_at: AwareDatetime
+    created_at: Instant
     """The instant the snapshot shows: when the guest stopped, or its disks moved."""
     state: Literal["running", "paused"]
     """What the guest was doing, and does again after a restore."""

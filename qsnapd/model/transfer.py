@@ -7,11 +7,11 @@ leans on nothing else: disks are whole, or have their whole chain beside them.
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName
-from qsnapd.model.snapshot import AbsolutePath, Manifest, Sha256
+from qsnapd.model.snapshot import AbsolutePath, Instant, Manifest, Sha256
 
 EXPORT_NAME = "export.json"
 EXPORT_FORMAT = 1
@@ -53,7 +53,7 @@ class Export(Frozen):
 
     export: Literal[1] = 1
     """Counts changes of this file's layout."""
-    exported_at: AwareDatetime
+    exported_at: Instant
     snapshot: Manifest
     """As it was where it was taken; its paths mean nothing elsewhere."""
     memory: ExportedFile | None

@@ -23,6 +23,7 @@ from qsnapd.errors import (
     Effect,
     VmBusy,
 )
+from qsnapd.qmp.words import in_words
 
 SYNC_LIMIT_S = 5.0
 """An idle agent answers at once, one that is at work with something else when it is done."""
@@ -31,7 +32,6 @@ LINE_LIMIT_BYTES = 1 << 20
 """What one reply may be long; the longest is the list of file systems."""
 STALE_LIMIT_BYTES = 8 << 20
 """What may lie in front of the answer to a sync: replies that nobody has waited for."""
-WORDS_LIMIT = 300
 SENTINEL = b"\xff"
 """Never part of JSON: makes the agent's parser begin anew, and marks where its answer begins."""
 
@@ -235,9 +235,3 @@ def _result(name: str, answer: object, parse: Callable[[object], ReplyT]) -> Rep
         case {"error": {"desc": str(desc)}}:
             raise AgentRefused(f"the guest agent refused {name}: {in_words(desc)}")
     raise _Nonsense("neither a result nor an error")
-
-
-def in_words(text: str) -> str:
-    """What the guest says, safe to show on a terminal: one line, and not a long one."""
-    shown = "".join(c if c.isprintable() else "?" for c in text[: WORDS_LIMIT + 1])
-    return shown if len(shown) <= WORDS_LIMIT else f"{shown[:WORDS_LIMIT]}..."

@@ -10,8 +10,9 @@ from pydantic import AfterValidator, Field, StrictInt, TypeAdapter
 
 from qsnapd.errors import AgentRefused
 from qsnapd.model.freeze import Filesystem
-from qsnapd.qmp.agent import AgentSession, in_words
+from qsnapd.qmp.agent import AgentSession
 from qsnapd.qmp.commands import QapiStruct
+from qsnapd.qmp.words import in_words
 
 ANSWER_LIMIT_S = 5.0
 THAW_ANSWER_LIMIT_S = 10.0

@@ -1,10 +1,13 @@
 """Commands as types: disks, nodes and the jobs on them (qapi/block-core.json)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from qsnapd.qmp.commands import Command, QapiStruct
+from qsnapd.qmp.commands import Command, Count, Each, QapiStruct, Sentence
+from qsnapd.qmp.migration import Measured
+
+ClusterSize = Annotated[int, Field(gt=0, lt=1 << 32)]
 
 
 def _from_the_lowest_up(struct: type[QapiStruct], below: str, value: object) -> object:
@@ -18,16 +21,22 @@ def _from_the_lowest_up(struct: type[QapiStruct], below: str, value: object) -> 
     return value
 
 
+class FormatSpecific(QapiStruct):
+    """ImageInfoSpecific."""
+
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
 class ImageInfo(QapiStruct):
     """ImageInfo: one image and, nested, those below it."""
 
     filename: str
     format: str
-    virtual_size_bytes: int = Field(alias="virtual-size")
-    actual_size_bytes: int | None = Field(alias="actual-size", default=None)
-    cluster_size_bytes: int | None = Field(alias="cluster-size", default=None)
+    virtual_size_bytes: Count = Field(alias="virtual-size")
+    actual_size_bytes: Count | None = Field(alias="actual-size", default=None)
+    cluster_size_bytes: ClusterSize | None = Field(alias="cluster-size", default=None)
     backing_image: "ImageInfo | None" = None
-    format_specific: dict[str, Any] | None = None
+    format_specific: FormatSpecific | None = None
 
     @field_validator("backing_image", mode="before")
     @classmethod
@@ -45,7 +54,7 @@ class BitmapInfo(QapiStruct):
     """BlockDirtyInfo."""
 
     name: str = ""
-    granularity_bytes: int = Field(alias="granularity")
+    granularity_bytes: ClusterSize = Field(alias="granularity")
     recording: bool = True
     busy: bool = False
     persistent: bool = False
@@ -67,7 +76,7 @@ class NodeInfo(QapiStruct):
     image: ImageInfo
     cache: CacheInfo = CacheInfo()
     detect_zeroes: str = "off"
-    dirty_bitmaps: tuple[BitmapInfo, ...] = ()
+    dirty_bitmaps: Each[tuple[BitmapInfo, ...]] = ()
     active: bool = True
     """QEMU >= 10.0 tells; older ones leave it out."""
 
@@ -86,7 +95,7 @@ class QueryBlock(Command[list[BlockInfo]]):
 
     name = "query-block"
     timeout_s = 60.0
-    reply = list[BlockInfo]
+    reply = Each[list[BlockInfo]]
 
 
 class QueryNamedBlockNodes(Command[list[NodeInfo]]):
@@ -94,7 +103,7 @@ class QueryNamedBlockNodes(Command[list[NodeInfo]]):
 
     name = "query-named-block-nodes"
     timeout_s = 60.0
-    reply = list[NodeInfo]
+    reply = Each[list[NodeInfo]]
     flat: bool = True
 
 
@@ -104,14 +113,14 @@ class JobInfo(QapiStruct):
     id: str
     type: str
     status: str
-    error: str | None = None
-    done_bytes: int = Field(alias="current-progress", default=0)
-    total_bytes: int = Field(alias="total-progress", default=0)
+    error: Sentence | None = None
+    done_bytes: Measured = Field(alias="current-progress", default=0)
+    total_bytes: Measured = Field(alias="total-progress", default=0)
 
 
 class QueryJobs(Command[list[JobInfo]]):
     name = "query-jobs"
-    reply = list[JobInfo]
+    reply = Each[list[JobInfo]]
 
 
 class BlockdevAdd(Command[None]):
@@ -219,7 +228,7 @@ class QueryNodeStats(Command[list[NodeStats]]):
     """Each device's chain by names of nodes; quick however deep the chains are."""
 
     name = "query-blockstats"
-    reply = list[NodeStats]
+    reply = Each[list[NodeStats]]
 
 
 class JobComplete(Command[None]):

@@ -5,6 +5,7 @@ dials the socket itself, because only a socket of our own can be broken when a w
 QEMU would keep the loop from ending.
 """
 
+import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -24,6 +25,7 @@ from qemu.qmp import (
     Runstate,
     StateError,
 )
+from qemu.qmp.error import ProtocolError
 from qemu.qmp.protocol import ConnectError
 
 from qsnapd.errors import (
@@ -33,9 +35,11 @@ from qsnapd.errors import (
     NobodyListens,
     ReplyTimeout,
     SessionLost,
+    UnexpectedReply,
     VmError,
 )
 from qsnapd.qmp.transport import EventListener, QmpEvent
+from qsnapd.qmp.words import in_long_words, in_words
 
 GREETING_LIMIT_S = 5.0
 """QEMU greets at once, unless another client holds the monitor."""
@@ -56,14 +60,42 @@ class _Tap(QmpEventListener):
         return False
 
 
+class _Nonsense(ProtocolError):
+    """What came is not QMP. The library's own errors repeat all of it, however long or deep."""
+
+
 class _Client(QMPClient):
     """The library's client, that spells out messages for the log only if they are logged."""
+
+    async def _do_recv(self) -> Message:
+        try:
+            message = await super()._do_recv()
+            _require_text(message)
+            return message
+        except (ProtocolError, ValueError, RecursionError) as exc:
+            raise _Nonsense(f"a message cannot be read ({type(exc).__name__})") from None
+
+    async def _on_message(self, msg: Message) -> None:
+        try:
+            await super()._on_message(msg)
+        except (ProtocolError, TypeError) as exc:
+            raise _Nonsense(f"a message is out of place ({type(exc).__name__})") from None
 
     def _cb_outbound(self, msg: Message) -> Message:
         return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
 
     def _cb_inbound(self, msg: Message) -> Message:
         return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+
+def _require_text(message: Message) -> None:
+    """Raise ValueError if a string in *message* is none, but half a character: see RFC 3629.
+
+    JSON can spell that, and nobody could write it to a file or send it on.
+    """
+    raw = bytes(message)
+    if not raw.isascii() or b"\\ud" in raw.lower():
+        json.dumps(dict(message), ensure_ascii=False).encode()
 
 
 class QmpBridge:
@@ -112,13 +144,18 @@ class QmpBridge:
                 f"QEMU did not answer {name} within {limit_s:g} s", effect=Effect.UNKNOWN
             ) from None
         except ExecuteError as exc:
-            raise CommandRefused(name, exc.error_class, str(exc)) from exc
+            error_class, words = in_words(exc.error_class), in_long_words(str(exc))
+            raise CommandRefused(name, error_class, words) from exc
         except ExecInterruptedError as exc:
             raise SessionLost(
                 f"QEMU closed the monitor during {name}", effect=Effect.UNKNOWN
             ) from exc
         except StateError as exc:
             raise SessionLost(f"the monitor was closed before {name} was sent") from exc
+        except QMPError as exc:  # neither a result nor an error
+            raise UnexpectedReply(
+                f"QEMU's reply to {name} is not understood", effect=Effect.UNKNOWN
+            ) from exc
 
     def _require_open(self, name: str) -> None:
         if self._closed or self._client.runstate != Runstate.RUNNING:
@@ -132,13 +169,8 @@ class QmpBridge:
             self._listeners.remove(listener)
 
     def _forward(self, message: Message) -> None:
-        stamp: Any = message.get("timestamp", {})
-        data: Any = message.get("data", {})
-        event = QmpEvent(
-            name=str(message["event"]),
-            data=data,
-            at_s=stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6,
-        )
+        if (event := QmpEvent.of(message)) is None:
+            return
         for listener in tuple(self._listeners):
             listener(event)
 
@@ -179,8 +211,11 @@ async def _quietly(disconnect: Any) -> None:  # noqa: ANN401 -- trio_asyncio is 
 
 
 def _told_once(record: logging.LogRecord) -> bool:
-    """Drop the library's own account of failures, which are raised as well."""
-    return record.levelno < logging.ERROR or _log.isEnabledFor(logging.DEBUG)
+    """Drop the library's own account of failures, which are raised as well, and of late replies.
+
+    As many of these may come, and as long ones, as whoever is at the other end likes.
+    """
+    return record.levelno < logging.WARNING or _log.isEnabledFor(logging.DEBUG)
 
 
 def _log_stray(loop: object, context: dict[str, Any]) -> None:
@@ -202,7 +237,7 @@ def _dial(path: Path) -> socket.socket:
         sock.close()
         gone = isinstance(exc, (FileNotFoundError, ConnectionRefusedError))
         lost = NobodyListens if gone else SessionLost
-        raise lost(f"cannot connect to {path}: {exc.strerror}") from exc
+        raise lost(f"cannot connect to {path}: {exc.strerror or exc}") from exc
     return sock
 
 
@@ -279,7 +314,12 @@ async def _greet(
             f"{path}: QEMU sent no greeting within {limit_s:g} s. A monitor serves one "
             "client: give qsnapd one of its own (-qmp unix:PATH,server=on,wait=off), or QEMU hangs"
         ) from None
+    except AssertionError as exc:  # the library's: it was up, and is down again already
+        with trio.move_on_after(FAREWELL_LIMIT_S, shield=True):
+            await _quietly(trio_asyncio.aio_as_trio(client.disconnect, loop=loop))
+        raise SessionLost(f"{path}: the connection ended right after QEMU's greeting") from exc
     except ConnectError as exc:
         if isinstance(exc.exc, (OSError, EOFError)):
             raise SessionLost(f"{path}: the connection ended before QEMU's greeting") from exc
-        raise VmError(f"{path}: whoever answers there does not speak QMP: {exc}") from exc
+        cause = in_words(f"{type(exc.exc).__name__}: {exc.exc}")
+        raise VmError(f"{path}: whoever answers there does not speak QMP ({cause})") from exc

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qsnapd.qmp.commands import Command, QapiStruct
+from qsnapd.qmp.commands import Command, Each, QapiStruct
 
 _NOBODY = "disconnected:"
 
@@ -27,4 +27,4 @@ class ChardevInfo(QapiStruct):
 
 class QueryChardev(Command[list[ChardevInfo]]):
     name = "query-chardev"
-    reply = list[ChardevInfo]
+    reply = Each[list[ChardevInfo]]

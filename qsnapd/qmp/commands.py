@@ -4,11 +4,21 @@ Strict in what is sent, liberal in what is accepted: QEMU may add members in any
 QAPI's names hide the units; ours do not.
 """
 
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from qsnapd.qmp.words import in_long_words
 
 ReplyT = TypeVar("ReplyT", covariant=True)
+Items = TypeVar("Items")
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""Of bytes, or a number that something is known by."""
+Sentence = Annotated[str, AfterValidator(in_long_words)]
+"""For people to read."""
+Each = Annotated[Items, Field(fail_fast=True)]
+"""Many of something; what is wrong with one of them is told, whatever is with the others."""
 
 
 def _kebab(name: str) -> str:
@@ -24,6 +34,7 @@ class QapiStruct(BaseModel):
         alias_generator=_kebab,
         validate_by_name=True,
         validate_by_alias=True,
+        allow_inf_nan=False,
     )
 
 
@@ -71,9 +82,9 @@ class Quit(Command[None]):
 
 
 class VersionTriple(QapiStruct):
-    major: int
-    minor: int
-    micro: int
+    major: Count
+    minor: Count
+    micro: Count
 
 
 class VersionInfo(QapiStruct):
@@ -98,7 +109,7 @@ class CommandInfo(QapiStruct):
 
 class QueryCommands(Command[list[CommandInfo]]):
     name = "query-commands"
-    reply = list[CommandInfo]
+    reply = Each[list[CommandInfo]]
 
 
 class UuidInfo(QapiStruct):
@@ -117,7 +128,7 @@ class CpuInfo(QapiStruct):
 
 class QueryCpusFast(Command[list[CpuInfo]]):
     name = "query-cpus-fast"
-    reply = list[CpuInfo]
+    reply = Each[list[CpuInfo]]
 
 
 class CpuModel(QapiStruct):
@@ -149,14 +160,14 @@ class MachineInfo(QapiStruct):
 
 class QueryMachines(Command[list[MachineInfo]]):
     name = "query-machines"
-    reply = list[MachineInfo]
+    reply = Each[list[MachineInfo]]
 
 
 class MemorySizeSummary(QapiStruct):
     """qapi/machine.json, MemoryInfo; bytes."""
 
-    base_bytes: int = Field(alias="base-memory")
-    plugged_bytes: int = Field(alias="plugged-memory", default=0)
+    base_bytes: Count = Field(alias="base-memory")
+    plugged_bytes: Count = Field(alias="plugged-memory", default=0)
 
 
 class QueryMemorySizeSummary(Command[MemorySizeSummary]):
@@ -168,12 +179,12 @@ class MemdevInfo(QapiStruct):
     """qapi/machine.json, Memdev."""
 
     id: str | None = None
-    size_bytes: int = Field(alias="size")
+    size_bytes: Count = Field(alias="size")
 
 
 class QueryMemdev(Command[list[MemdevInfo]]):
     name = "query-memdev"
-    reply = list[MemdevInfo]
+    reply = Each[list[MemdevInfo]]
 
 
 class QomGet(Command[Any]):
@@ -185,26 +196,50 @@ class QomGet(Command[Any]):
     property: str
 
 
+class QomGetText(Command[str]):
+    """The same of a property that is a string."""
+
+    name = "qom-get"
+    reply = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=1000)]
+    path: str
+    property: str
+
+
+class FeatureWord(QapiStruct):
+    """X86CPUFeatureWordInfo: a set of features, by their bits."""
+
+    features: int = 0
+
+
+class QomGetFeatures(Command[list[FeatureWord]]):
+    """The same of a property that is a list of feature words."""
+
+    name = "qom-get"
+    reply = Each[list[FeatureWord]]
+    path: str
+    property: str
+
+
 class FdInfo(QapiStruct):
-    fd: int
+    fd: Count
     opaque: str | None = None
 
 
 class FdsetInfo(QapiStruct):
     """qapi/misc.json, FdsetInfo."""
 
-    fdset_id: int
-    fds: list[FdInfo]
+    fdset_id: Count
+    fds: Each[list[FdInfo]]
 
 
 class QueryFdsets(Command[list[FdsetInfo]]):
     name = "query-fdsets"
-    reply = list[FdsetInfo]
+    reply = Each[list[FdsetInfo]]
 
 
 class AddFdInfo(QapiStruct):
-    fdset_id: int
-    fd: int
+    fdset_id: Count
+    fd: Count
 
 
 class AddFd(Command[AddFdInfo]):

@@ -1,25 +1,35 @@
 """Commands as types: saving and loading memory (qapi/migration.json)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from qsnapd.qmp.commands import Command, QapiStruct
+from qsnapd.qmp.commands import Command, Each, QapiStruct, Sentence
+
+_MEASURED_LIMIT = (1 << 63) - 1
+
+
+def _plausible(number: int) -> int:
+    return min(max(number, 0), _MEASURED_LIMIT)
+
+
+Measured = Annotated[int, AfterValidator(_plausible)]
+"""Shown to people, or compared with others: an impossible one is no reason to give up."""
 
 
 class MigrationStats(QapiStruct):
     """MigrationStats of `query-migrate`."""
 
-    transferred_bytes: int = Field(alias="transferred")
-    remaining_bytes: int = Field(alias="remaining")
-    total_bytes: int = Field(alias="total")
-    zero_pages: int = Field(alias="duplicate", default=0)
-    normal_pages: int = Field(alias="normal", default=0)
-    normal_bytes: int = 0
-    mbit_per_s: float = Field(alias="mbps", default=0.0)
-    dirty_pages_per_s: int = Field(alias="dirty-pages-rate", default=0)
-    page_size_bytes: int = Field(alias="page-size", default=4096)
+    transferred_bytes: Measured = Field(alias="transferred")
+    remaining_bytes: Measured = Field(alias="remaining")
+    total_bytes: Measured = Field(alias="total")
+    zero_pages: Measured = Field(alias="duplicate", default=0)
+    normal_pages: Measured = Field(alias="normal", default=0)
+    normal_bytes: Measured = 0
+    mbit_per_s: Annotated[float, Field(alias="mbps", ge=0, le=1e12)] = 0.0
+    dirty_pages_per_s: Measured = Field(alias="dirty-pages-rate", default=0)
+    page_size_bytes: Measured = Field(alias="page-size", default=4096)
 
     @property
     def saved_pages(self) -> int:
@@ -32,10 +42,10 @@ class MigrationInfo(QapiStruct):
 
     status: str | None = None
     ram: MigrationStats | None = None
-    error_desc: str | None = None
-    blocked_reasons: tuple[str, ...] = ()
-    total_time_ms: int | None = Field(alias="total-time", default=None)
-    downtime_reported_ms: int | None = Field(alias="downtime", default=None)
+    error_desc: Sentence | None = None
+    blocked_reasons: Each[tuple[Sentence, ...]] = ()
+    total_time_ms: Measured | None = Field(alias="total-time", default=None)
+    downtime_reported_ms: Measured | None = Field(alias="downtime", default=None)
 
     @property
     def active(self) -> bool:
@@ -61,7 +71,7 @@ class CapabilityStatus(QapiStruct):
 
 class QueryMigrateCapabilities(Command[list[CapabilityStatus]]):
     name = "query-migrate-capabilities"
-    reply = list[CapabilityStatus]
+    reply = Each[list[CapabilityStatus]]
 
 
 class MigrateSetCapabilities(Command[None]):
@@ -75,9 +85,23 @@ class MigrateSetCapabilities(Command[None]):
         )
 
 
-class QueryMigrateParameters(Command[dict[str, Any]]):
+Parameter = bool | int | str
+
+
+def _simple(parameters: dict[str, Any]) -> dict[str, Parameter]:
+    return {
+        name: value
+        for name, value in parameters.items()
+        if (isinstance(value, int) and abs(value) < 1 << 64)
+        or (isinstance(value, str) and value.isprintable())
+    }
+
+
+class QueryMigrateParameters(Command[dict[str, Parameter]]):
+    """Without those that are lists or tables, which qsnapd never changes."""
+
     name = "query-migrate-parameters"
-    reply = dict[str, Any]
+    reply = Annotated[dict[str, Any], AfterValidator(_simple)]
 
 
 class MigrateSetParameters(Command[None]):

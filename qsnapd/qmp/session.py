@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from qsnapd.errors import Effect, UnexpectedReply
 from qsnapd.qmp.commands import Command
 from qsnapd.qmp.transport import EventListener, QmpEvent, QmpTransport
+from qsnapd.qmp.words import in_words
 
 EVENT_BACKLOG = 1024
 """Events one watcher may fall behind by; those who watch always ask QEMU as well."""
@@ -46,10 +47,11 @@ class QmpSession:
         try:
             return cast(ReplyT, _adapter(command.reply).validate_python(raw))
         except ValidationError as exc:
+            first = exc.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            words = in_words(f"{first['msg']} at {where}")
             raise UnexpectedReply(
-                f"QEMU's reply to {command.name} is not understood: {exc.errors()[0]['msg']} "
-                f"at {exc.errors()[0]['loc']}",
-                effect=Effect.UNKNOWN,
+                f"QEMU's reply to {command.name} is not understood: {words}", effect=Effect.UNKNOWN
             ) from exc
 
     def listen(self, listener: EventListener) -> None:

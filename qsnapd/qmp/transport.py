@@ -1,8 +1,9 @@
 """The seam between typed commands and whatever carries them: real QMP, or a fake in tests."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,27 @@ class QmpEvent:
     data: Mapping[str, object]
     at_s: float
     """QEMU's own timestamp: wall clock seconds since the epoch, microsecond steps."""
+
+    @classmethod
+    def of(cls, message: Mapping[str, object]) -> Self | None:
+        """What QEMU has sent; None if it is no event. One without a time happened now."""
+        name, data = message.get("event"), message.get("data", {})
+        if not isinstance(name, str) or not isinstance(data, dict):
+            return None
+        return cls(name, data, _seconds(message.get("timestamp")))
+
+
+_LATEST_S = 1 << 37
+"""In the year 6325, which calendars know."""
+
+
+def _seconds(stamp: object) -> float:
+    match stamp:
+        case {"seconds": int(seconds), "microseconds": int(microseconds)} if (
+            0 <= seconds < _LATEST_S and 0 <= microseconds < 1_000_000
+        ):
+            return seconds + microseconds / 1e6
+    return time.time()  # QEMU says -1 where it cannot tell
 
 
 EventListener = Callable[[QmpEvent], None]

@@ -193,6 +193,10 @@ class Job:
             self.error = exc
             if isinstance(exc, DiskStalled):
                 self.stalled = exc
+            if exc.effect is Effect.NONE or (
+                self.effect is Effect.UNKNOWN and exc.effect is not Effect.GUEST_PAUSED
+            ):
+                exc.effect = self.effect
         except OSError as exc:
             # The world's doing, wherever it was not foreseen: no reason to end other VMs' daemon.
             _log.exception("VM %s: the %s job failed", self.vm, self.kind)

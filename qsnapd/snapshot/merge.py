@@ -16,8 +16,10 @@ from typing import Any
 import trio
 
 from qsnapd.errors import ImageInvalid, StoreError
+from qsnapd.image.files import sync_image
 from qsnapd.image.qcow2 import read_header
 from qsnapd.model.plan import PivotPlan
+from qsnapd.threads import SLOW
 
 MERGE_LIMIT_S = 900.0
 _HEADER_BYTES = 104
@@ -26,33 +28,53 @@ _FEATURES = slice(72, 80)
 _EXTERNAL_DATA_FILE = 1 << 2
 
 
-async def merge_offline(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: str) -> None:
-    """Write what the overlay of *pivot* holds into the image below it, if it holds anything.
+async def holds_data(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: str) -> bool:
+    """Whether there is anything in the overlay of *pivot*, and it is the job's.
 
     *inodes* are the files the job has made or was given; an overlay that is none of them, or
     is gone, is left alone; of one on a block device, whose name gets another inode with each
     start of the host, what it says it covers is looked at instead. qemu-img takes the images'
     locks: it refuses rather than corrupts.
 
-    On failure: nothing is lost; the overlay still holds it all.
-    Raises: StoreError: it could not, or must not, be merged.
+    Raises: StoreError: it cannot be looked at.
+    """
+    with _opened(pivot, inodes) as pair:
+        if pair is None:
+            return False
+        source = _image_options(pivot, *pair)
+        command = [qemu_img, "map", "--output=json", "--image-opts", source]
+        mapping = json.loads(await _run(command, *pair))
+        return any(extent["depth"] == 0 for extent in mapping)
+
+
+def require_unwritten(pivot: PivotPlan, inodes: frozenset[int]) -> None:
+    """Refuse to merge into an image that has been written to since. Blocks.
+
+    *inodes*: as above. Raises: StoreError.
+    """
+    with _opened(pivot, inodes) as pair:
+        if pair is None or not _written_at(pair[1]) > _written_at(pair[0]) > 0:
+            return
+    raise StoreError(
+        f"{pivot.overlay.backing} was written to after {pivot.overlay.path}: the VM has been "
+        "started from it again, and merging would destroy what it wrote. The overlay holds what "
+        "the guest wrote last before that: look at it, then remove it"
+    )
+
+
+async def merge_offline(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: str) -> None:
+    """Write what the overlay of *pivot* holds into the image below it; durable on return.
+
+    *inodes*: as above. On failure: nothing is lost; the overlay still holds it all, and doing it
+    again is right.
+    Raises: StoreError: it could not be merged.
     """
     with _opened(pivot, inodes) as pair:
         if pair is None:
             return
-        overlay, base = pair
-        source = _image_options(pivot, overlay, base)
-        command = [qemu_img, "map", "--output=json", "--image-opts", source]
-        mapping = json.loads(await _run(command, overlay, base))
-        if not any(extent["depth"] == 0 for extent in mapping):
-            return
-        if _written_at(base) > _written_at(overlay) > 0:
-            raise StoreError(
-                f"{pivot.overlay.backing} was written to after {pivot.overlay.path}: the VM has "
-                "been started from it again, and merging would destroy what it wrote. The "
-                "overlay holds what the guest wrote last before that: look at it, then remove it"
-            )
-        await _run([qemu_img, "commit", "-q", "-d", "--image-opts", source], overlay, base)
+        source = _image_options(pivot, *pair)
+        await _run([qemu_img, "commit", "-q", "-d", "--image-opts", source], *pair)
+        await trio.to_thread.run_sync(sync_image, pair[1], limiter=SLOW)
 
 
 def _written_at(fd: int) -> int:

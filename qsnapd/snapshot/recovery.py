@@ -5,13 +5,23 @@ have two: it was being put back to a snapshot, and its present state being kept 
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qsnapd.errors import Effect, QsnapError, SessionLost, StoreError
 from qsnapd.faults import Point, reach
-from qsnapd.model.plan import CheckpointPlan, ClonePlan, JournalEntry, Restore, RevertPlan
+from qsnapd.model.plan import (
+    CheckpointPlan,
+    ClonePlan,
+    JournalEntry,
+    MergeBack,
+    PivotPlan,
+    Restore,
+    RevertPlan,
+)
 from qsnapd.patience import Patience
 from qsnapd.qmp.agent import GuestAgent
-from qsnapd.snapshot.merge import merge_offline
+from qsnapd.snapshot.merge import holds_data, merge_offline, require_unwritten
 from qsnapd.snapshot.restoring.clone import finish_clone, settle_clone
 from qsnapd.snapshot.restoring.revert import give_up_revert, is_same, undo_revert
 from qsnapd.snapshot.restoring.start import runs_by
@@ -151,7 +161,7 @@ async def _recover_checkpoint(
             await give_back_run_state(vm, plan)
         await settle_committed(vm, plan, store, patience, is_ended=is_ended)
         return f"finished the snapshot {plan.name}, which an earlier job had committed"
-    done = await put_back(vm, entry, patience)
+    done = await put_back(vm, entry, store.journal, patience)
     await _forget(plan, store)
     words = f"undid the unfinished snapshot {plan.name} of an earlier job"
     return f"{words}. {done}" if done else words
@@ -179,7 +189,8 @@ async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
             await in_thread(store.set_current, plan.name)
         await in_thread(store.journal.clear)
         return f"finished the snapshot {plan.name}, whose QEMU has ended"
-    await _merge_overlays(plan, entry, qemu_img=qemu_img)
+    if entry.merge_back is not MergeBack.DONE:
+        await _merge_overlays(store, entry, plan, qemu_img=qemu_img)
     await reach(Point.OFFLINE_MERGED)
     await in_thread(remove_files, entry)
     await reach(Point.OFFLINE_FILES_REMOVED)
@@ -187,18 +198,42 @@ async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
     return f"undid the unfinished snapshot {plan.name}, whose QEMU has ended"
 
 
-async def _merge_overlays(plan: CheckpointPlan, entry: JournalEntry, *, qemu_img: str) -> None:
+async def _merge_overlays(
+    store: VmStore, entry: JournalEntry, plan: CheckpointPlan, *, qemu_img: str
+) -> None:
+    """Merge all overlays into the images below; noted before, and when all of it is on disk."""
     inodes = frozenset(file.inode for file in (*entry.made, *entry.given))
+    holding = []
     for pivot in plan.pivots:
-        try:
+        with _telling(plan, pivot):
+            if await holds_data(pivot, inodes, qemu_img=qemu_img):
+                if entry.merge_back is None:
+                    await in_thread(require_unwritten, pivot, inodes)
+                holding.append(pivot)
+    if not holding:
+        return
+    await _note(store, entry, MergeBack.BEGUN)
+    for pivot in holding:
+        with _telling(plan, pivot):
             await merge_offline(pivot, inodes, qemu_img=qemu_img)
-        except StoreError as exc:
-            raise StoreError(
-                f"disk {pivot.target}: the unfinished snapshot {plan.name} has left the overlay "
-                f"{pivot.overlay.path}, and it cannot be merged into {pivot.overlay.backing}: "
-                f"{exc}",
-                effect=Effect.PARTIAL,
-            ) from exc
+    await _note(store, entry, MergeBack.DONE)
+
+
+async def _note(store: VmStore, entry: JournalEntry, merge_back: MergeBack) -> None:
+    entry = entry.model_copy(update={"merge_back": merge_back})
+    await in_thread(store.journal.write, entry)
+
+
+@contextmanager
+def _telling(plan: CheckpointPlan, pivot: PivotPlan) -> Iterator[None]:
+    try:
+        yield
+    except StoreError as exc:
+        raise StoreError(
+            f"disk {pivot.target}: the unfinished snapshot {plan.name} has left the overlay "
+            f"{pivot.overlay.path}, and it cannot be merged into {pivot.overlay.backing}: {exc}",
+            effect=Effect.PARTIAL,
+        ) from exc
 
 
 async def _forget(plan: CheckpointPlan, store: VmStore) -> None:

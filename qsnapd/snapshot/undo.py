@@ -14,19 +14,28 @@ from pathlib import Path
 
 import trio
 
-from qsnapd.errors import CommandRefused, Effect, StoreError, VmError
+from qsnapd.errors import (
+    CommandRefused,
+    DiskStalled,
+    Effect,
+    StoreError,
+    VmError,
+)
 from qsnapd.faults import Point
-from qsnapd.image.files import remove_if_ours
-from qsnapd.model.plan import CheckpointPlan, JournalEntry, OverlayPlan, PivotPlan, Place
+from qsnapd.image.files import remove_if_ours, sync_file, sync_removals
+from qsnapd.model.plan import (
+    CheckpointPlan,
+    JournalEntry,
+    MergeBack,
+    OverlayPlan,
+    PivotPlan,
+    Place,
+)
 from qsnapd.patience import Patience
 from qsnapd.qmp.block import (
-    BlockCommit,
     BlockdevDel,
     BlockdevSetActive,
-    JobComplete,
-    JobDismiss,
     QueryBlock,
-    QueryJobs,
     QueryNamedBlockNodes,
 )
 from qsnapd.qmp.commands import CloseFd, QueryFdsets, RemoveFd
@@ -36,13 +45,12 @@ from qsnapd.qmp.migration import (
     QueryMigrateCapabilities,
 )
 from qsnapd.qmp.session import QmpSession
+from qsnapd.snapshot.deleting.live import END_LIMIT_S, LiveMerges
 from qsnapd.snapshot.taking.rescuing import make_save_again
 from qsnapd.snapshot.taking.settling import give_back_run_state, settle_migration
+from qsnapd.store.journal import Journal
 from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
-
-LOOK_EVERY_S = 0.1
-"""Backstop between looks at something that also sends events."""
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 """Also what could never be made, because the request named an impossible path."""
@@ -50,11 +58,13 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _log = logging.getLogger(__name__)
 
 
-async def put_back(vm: AttachedVm, entry: JournalEntry, patience: Patience) -> str | None:
+async def put_back(
+    vm: AttachedVm, entry: JournalEntry, journal: Journal, patience: Patience
+) -> str | None:
     """Make VM and files as if the checkpoint of *entry* had never been asked for.
 
-    The guest comes first: it runs again before the disks are merged back. *patience* hears of
-    all that comes further.
+    The guest comes first: it runs again before the disks are merged back, of which *journal*
+    is kept. *patience* hears of all that comes further.
 
     On success: no overlay, node, descriptor set, changed capability or file is left. Returns
       what else had to be done for the guest to run, in words (`rescuing`).
@@ -67,7 +77,7 @@ async def put_back(vm: AttachedVm, entry: JournalEntry, patience: Patience) -> s
     await patience.reach(Point.UNDO_SAVE_SETTLED)
     await give_back_run_state(vm, plan)
     await patience.reach(Point.UNDO_GUEST_RUNS)
-    await _unpivot(vm.session, plan, patience)
+    await _unpivot(vm.session, entry, journal, patience)
     await patience.reach(Point.UNDO_MERGED)
     if plan.drained:
         await make_save_again(vm, plan)
@@ -82,73 +92,117 @@ async def put_back(vm: AttachedVm, entry: JournalEntry, patience: Patience) -> s
     return done
 
 
-async def _unpivot(session: QmpSession, plan: CheckpointPlan, patience: Patience) -> None:
-    """Merge what the guest wrote into the overlays back, and drop the overlays."""
+async def _unpivot(
+    session: QmpSession, entry: JournalEntry, journal: Journal, patience: Patience
+) -> None:
+    """Merge what the guest wrote into the overlays back, and drop the overlays.
+
+    When overlay and image hold the same, QEMU holds the guest's requests back until that is
+    noted: so whoever finds the journal knows which of them the guest has gone on with.
+    """
+    plan = entry.plan
+    assert isinstance(plan, CheckpointPlan)
+    merges, parts = LiveMerges(session, plan.token), dict[int, float]()
+
+    def told(number: int, part: float) -> None:
+        if parts.get(number) != part:
+            parts[number] = part
+            patience.tick()
+
+    await end_merges_back(session, entry)
+    pivoted = await _pivoted(session, plan)
+    if not pivoted:
+        return
+    if plan.nodes_can_be_activated:
+        await session.execute(BlockdevSetActive(active=True))
+    is_noted = await _note_begun(entry, journal)
+    try:
+        for number, pivot in enumerate(pivoted):
+            await _start_back(merges, number, pivot)
+        await patience.reach(Point.UNDO_MERGING)
+        await merges.come_to_rest(told)
+        if is_noted:
+            await _note_done(entry, journal)
+    except BaseException:
+        with trio.move_on_after(END_LIMIT_S, shield=True):
+            await merges.cancel()
+        raise
+    complaints = await merges.finalize()
+    if pivoted := await _pivoted(session, plan):
+        if is_noted:
+            await _note(entry, MergeBack.BEGUN, journal)
+        raise VmError(
+            f"disk {pivoted[0].target} stays on its overlay {pivoted[0].overlay.path}: "
+            f"{'; '.join(complaints) or 'QEMU gives no reason'}",
+            effect=Effect.PARTIAL,
+        )
+
+
+async def _note_begun(entry: JournalEntry, journal: Journal) -> bool:
+    """Whether the journal says that the images below are written to; a full disk is no obstacle.
+
+    If it does not, whoever finds it refuses to merge into what is newer: then nothing is lost.
+    Raises: StoreError: it says that they hold all of it, and cannot be made to say otherwise.
+    """
+    if entry.merge_back is MergeBack.BEGUN:
+        return True
+    try:
+        await _note(entry, MergeBack.BEGUN, journal)
+    except StoreError as exc:
+        if entry.merge_back is not None or isinstance(exc, DiskStalled):  # it may yet be noted
+            raise
+        _log.warning("VM %s: undoing %s is not noted: %s", entry.plan.vm, entry.plan.name, exc)
+        return False
+    return True
+
+
+async def _note_done(entry: JournalEntry, journal: Journal) -> None:
+    """Note that the images below hold all of it, or surely that they do not. Raises: StoreError."""
+    try:
+        await _note(entry, MergeBack.DONE, journal)
+        return
+    except StoreError as exc:
+        if isinstance(exc, DiskStalled):  # nothing else can be noted meanwhile
+            raise
+        failure = exc
+    await _note(entry, MergeBack.BEGUN, journal)
+    raise failure
+
+
+async def end_merges_back(session: QmpSession, entry: JournalEntry) -> None:
+    """Let no merge of an undoing that was cut off hold the guest's requests back. Idempotent.
+
+    Raises: VmError.
+    """
+    merges = LiveMerges(session, entry.plan.token)
+    if entry.merge_back is MergeBack.DONE:
+        await merges.finalize()
+    else:
+        await merges.cancel()
+
+
+async def _pivoted(session: QmpSession, plan: CheckpointPlan) -> list[PivotPlan]:
     in_use = {
         device.inserted.node_name
         for device in await session.execute(QueryBlock())
         if device.inserted is not None
     }
-    # An attempt that was cut off may have left its job, all but dismissed.
-    jobs = {job.id for job in await session.execute(QueryJobs())}
-    pivoted = [
-        pivot
-        for pivot in plan.pivots
-        if pivot.overlay_node in in_use or _commit_job(pivot) in jobs
-    ]
-    if not pivoted:
-        return
-    if plan.nodes_can_be_activated:
-        await session.execute(BlockdevSetActive(active=True))
-    with session.watch("JOB_STATUS_CHANGE") as events:
-        for pivot in pivoted:
-            await _start_commit(session, pivot)
-        await patience.reach(Point.UNDO_MERGING)
-        waiting = {_commit_job(pivot) for pivot in pivoted}
-        completing: set[str] = set()
-        done_bytes = 0
-        while waiting:
-            found = await session.execute(QueryJobs())
-            if done_bytes != (done_bytes := sum(job.done_bytes for job in found)):
-                patience.tick()
-            for job in found:
-                if job.id not in waiting:
-                    continue
-                if job.status == "ready" and job.id not in completing:
-                    completing.add(job.id)
-                    await session.execute(JobComplete(id=job.id))
-                elif job.status == "concluded":
-                    await session.execute(JobDismiss(id=job.id))
-                    waiting.discard(job.id)
-                    if job.error:
-                        raise VmError(
-                            f"the disks stay on their overlays: merging back failed: {job.error}",
-                            effect=Effect.PARTIAL,
-                        )
-            if waiting:
-                with trio.move_on_after(LOOK_EVERY_S):
-                    await events.receive()
+    return [pivot for pivot in plan.pivots if pivot.overlay_node in in_use]
 
 
-def _commit_job(pivot: PivotPlan) -> str:
-    return f"{pivot.overlay_node}-undo"
-
-
-async def _start_commit(session: QmpSession, pivot: PivotPlan) -> None:
-    jobs = {job.id for job in await session.execute(QueryJobs())}
-    if _commit_job(pivot) in jobs:
-        return  # an earlier attempt was cut off after this
+async def _start_back(merges: LiveMerges, number: int, pivot: PivotPlan) -> None:
     try:
-        await session.execute(
-            BlockCommit(
-                job_id=_commit_job(pivot), device=pivot.overlay_node, base_node=pivot.node
-            )
-        )
+        await merges.start_back(number, pivot.overlay_node, pivot.node)
     except CommandRefused as exc:
         raise VmError(
             f"disk {pivot.target} stays on its overlay {pivot.overlay.path}: {exc}",
             effect=Effect.PARTIAL,
         ) from exc
+
+
+async def _note(entry: JournalEntry, merge_back: MergeBack, journal: Journal) -> None:
+    entry = entry.model_copy(update={"merge_back": merge_back})
+    await in_thread(journal.write, entry)
 
 
 async def _remove_node(session: QmpSession, pivot: PivotPlan) -> None:
@@ -178,7 +232,8 @@ async def release_qemu(session: QmpSession, plan: CheckpointPlan) -> None:
         entry.capability: entry.state
         for entry in await session.execute(QueryMigrateCapabilities())
     }
-    back = {name: state for name, state in plan.capabilities_before.items() if now[name] != state}
+    before = plan.capabilities_before.items()
+    back = {name: state for name, state in before if now.get(name, state) != state}
     if back:
         await session.execute(MigrateSetCapabilities.of(back))
     if plan.parameters_before:
@@ -186,27 +241,35 @@ async def release_qemu(session: QmpSession, plan: CheckpointPlan) -> None:
 
 
 def remove_files(entry: JournalEntry) -> None:
-    """Remove what the job created, and nothing else. Blocks: call it in a thread."""
+    """Remove what the job created, and nothing else; durable on return.
+
+    Blocks: call it in a thread.
+    """
     plan = entry.plan
-    made = {(file.device, file.inode) for file in entry.made}
+    made = {file.inode for file in entry.made}
+    touched = []
     for overlay in _overlays(entry):
         _remove_temporary(Path(overlay.partial))
-        for device, inode in made:
-            remove_if_ours(Path(overlay.path), device, inode)
+        for inode in made:
+            remove_if_ours(Path(overlay.path), inode)
         if overlay.place is Place.EMPTY:
             _empty_again(overlay, entry)
+        touched += [overlay.partial, overlay.path]
     if isinstance(plan, CheckpointPlan):
         if plan.memory_file is not None and plan.memory_partial is not None:
             _remove_temporary(Path(plan.memory_partial))
-            for device, inode in made:
-                remove_if_ours(Path(plan.memory_file), device, inode)
+            for inode in made:
+                remove_if_ours(Path(plan.memory_file), inode)
+            touched += [plan.memory_partial, plan.memory_file]
     elif plan.loading is not None and plan.loading.view is not None:
         _remove_temporary(Path(plan.loading.view))
+    # Also what a former attempt has removed: it may have ended before this.
+    sync_removals(Path(path).parent for path in touched)
 
 
 def _empty_again(overlay: OverlayPlan, entry: JournalEntry) -> None:
     """Take out of somebody's file what was put there."""
-    given = {(file.device, file.inode) for file in entry.given}
+    given = {file.inode for file in entry.given}
     try:
         fd = os.open(overlay.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
@@ -217,8 +280,9 @@ def _empty_again(overlay: OverlayPlan, entry: JournalEntry) -> None:
         ) from exc
     try:
         status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) in given and stat.S_ISREG(status.st_mode):
+        if status.st_ino in given and stat.S_ISREG(status.st_mode):
             os.ftruncate(fd, 0)
+            sync_file(fd)
     finally:
         os.close(fd)
 

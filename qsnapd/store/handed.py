@@ -19,7 +19,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from qsnapd.errors import StoreError
-from qsnapd.image.files import sync_directory
+from qsnapd.image.files import make_directory
 from qsnapd.model.base import Frozen
 
 T = TypeVar("T", bound=Frozen)
@@ -124,14 +124,8 @@ class HandedFolder:
             )
 
     def _make(self, uid: int, gid: int) -> None:
-        parent = self.path.parent
-        with suppress(FileExistsError):
-            parent.mkdir(mode=0o711, parents=True)
-            parent.chmod(0o711)  # the way to its folders, whatever the umask is
-            sync_directory(parent.parent)
-        with suppress(FileExistsError):
-            self.path.mkdir(mode=0o700)
-            sync_directory(parent)
+        make_directory(self.path.parent, mode=0o711)  # the way to its folders
+        make_directory(self.path)
         status = os.stat(self.path, follow_symlinks=False)
         if (status.st_uid, status.st_gid) != (uid, gid) and stat.S_ISDIR(status.st_mode):
             os.chown(self.path, uid, gid, follow_symlinks=False)

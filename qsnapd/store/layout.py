@@ -6,19 +6,19 @@
 Names of VMs and snapshots do not begin with a dot, so qsnapd's own files do.
 """
 
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from qsnapd.errors import StoreError
-from qsnapd.image.files import sync_directory
-from qsnapd.model.names import check_name
+from qsnapd.image.files import allow_owner, make_directory, sync_removals
+from qsnapd.model.names import check_name, is_name
+from qsnapd.store.own_files import is_draft, is_of_a_vm
 from qsnapd.store.snapshots import VmStore
 
 _TELLING = (".restoring.json", ".vm.json")
@@ -77,14 +77,14 @@ class Store:
         """
         with _naming(f"cannot read the state directory {self.state_dir}"):
             found = [path.name for path in self.state_dir.iterdir() if path.is_dir()]
-        return tuple(sorted(filter(_is_name, found)))
+        return tuple(sorted(filter(is_name, found)))
 
     def is_used(self, name: str) -> bool:
         """Whether anything is kept of a VM *name*. Raises: StoreError."""
         directory = self.state_dir / check_name(name)
         with _naming(f"cannot read {directory}"):
             try:
-                return bool(os.listdir(directory))
+                return not all(map(is_draft, os.listdir(directory)))
             except FileNotFoundError:
                 return False
 
@@ -100,45 +100,43 @@ class Store:
 
         Preconditions: nobody uses the `VmStore` any more.
         On success: no trace of it is left. What tells what the rest is for goes last.
-        Raises: StoreError: there are snapshots, or it cannot be removed.
+        Raises: StoreError: there are snapshots, or what qsnapd has not put there; or it cannot be
+          removed.
         """
         directory = self.state_dir / check_name(name)
         with _naming(f"cannot remove {directory}"):
             if not directory.exists():
                 return
-            entries = sorted(directory.iterdir(), key=lambda path: path.name in _TELLING)
             self.require_no_snapshots(name)
+            _require_no_strangers(directory)
+            entries = list(directory.iterdir())
             folders = [entry for entry in entries if entry.is_dir()]
             for folder in folders:
                 shutil.rmtree(folder)
             for entry in entries:
-                if entry not in folders:
+                if entry not in folders and entry.name not in _TELLING:
                     entry.unlink()
+            sync_removals([directory])
+            for telling in _TELLING:
+                (directory / telling).unlink(missing_ok=True)
             directory.rmdir()
-            sync_directory(self.state_dir)
+            sync_removals([self.state_dir])
         self._vms.pop(name, None)
 
 
-def _is_name(name: str) -> bool:
-    try:
-        check_name(name)
-    except ValueError:
-        return False  # a folder that is not of qsnapd's making
-    return True
-
-
-def make_directory(path: Path) -> None:
-    """Have the directory *path* (0700) and its name on disk; one that exists stays as it is."""
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700, parents=True)
-        sync_directory(path.parent)
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "it is no directory")
+def _require_no_strangers(directory: Path) -> None:
+    files = [path.name for path in directory.iterdir() if not path.is_dir()]
+    if strangers := sorted(name for name in files if not is_of_a_vm(name)):
+        raise StoreError(
+            f"{directory} holds what qsnapd has not put there ({', '.join(strangers)}): move that "
+            "away first"
+        )
 
 
 def _lock(path: Path) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
+        allow_owner(fd)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

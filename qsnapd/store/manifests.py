@@ -1,8 +1,8 @@
 """Reading and writing `snapshot.json`: what is not understood to the last field is refused."""
 
-import os
 from pathlib import Path
 
+from qsnapd.image.files import replace_file, write_new
 from qsnapd.model.parsing import parse_manifest
 from qsnapd.model.snapshot import Manifest
 
@@ -21,9 +21,10 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Create *path*, readable for its owner alone, durable on return. Raises: OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(manifest.model_dump_json(indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Create *path*, readable for its owner alone, its content synced. Raises: OSError."""
+    write_new(path, manifest.model_dump_json(indent=1) + "\n")
+
+
+def replace_manifest(path: Path, manifest: Manifest) -> None:
+    """Put *manifest* in place of the one at *path*. Raises: as `replace_file`."""
+    replace_file(path, manifest.model_dump_json(indent=1) + "\n")

@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import VmName, check_name
@@ -59,7 +59,7 @@ class NewestDisk(Frozen):
     """A disk that has been moved to an overlay."""
 
     target: str
-    chain: tuple[FileIdentity, ...]
+    chain: Annotated[tuple[FileIdentity, ...], Field(min_length=1)]
     """Its images, newest first. Only that one may be written to; it is qcow2."""
 
 

@@ -5,8 +5,8 @@ from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
-from qsnapd.errors import ManifestInvalid, StoreError
-from qsnapd.image.files import replace_file, sync_directory
+from qsnapd.errors import Effect, ManifestInvalid, StoreError
+from qsnapd.image.files import NotLasting, replace_file, sync_directory
 from qsnapd.model.base import Frozen
 
 ModelT = TypeVar("ModelT", bound=Frozen)
@@ -51,10 +51,14 @@ class Record(Generic[ModelT]):
     def write(self, content: ModelT) -> None:
         """Make *content* what stands there, durable on return; on failure the old one stands.
 
-        Raises: StoreError.
+        Raises: StoreError: with effect UNKNOWN, the new one stands, if no power failure comes.
         """
         try:
             replace_file(self.path, content.model_dump_json(indent=1))
+        except NotLasting as exc:
+            raise StoreError(
+                f"cannot write {self._called} for good: {exc.strerror}", effect=Effect.UNKNOWN
+            ) from exc
         except OSError as exc:
             raise StoreError(f"cannot write {self._called}: {exc.strerror}") from exc
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from qsnapd.image.files import remove_if_ours
+from qsnapd.image.files import remove_if_ours, sync_removals
 from qsnapd.model.registration import LastSeen, Registration
 from qsnapd.model.snapshot import FileIdentity
 from qsnapd.store.record import Record
@@ -53,14 +53,14 @@ def remove_made(
     """Remove the sockets and pipes that a clone has left, and all else only if *storage*.
 
     *images*: of its disks, those that qsnapd has made since.
-    Idempotent. Returns the paths of what was removed; what was put in place of one stays.
+    Idempotent, durable. Returns the paths of what was removed; what was put in place of one stays.
     Raises: StoreError: something of it cannot be removed.
     """
     made = [file for file in registration.files if storage or _holds_nothing(file.path)]
     made += (*registration.overlays, *images) if storage else ()
-    return tuple(
-        file.path for file in made if remove_if_ours(Path(file.path), file.device, file.inode)
-    )
+    removed = [file.path for file in made if remove_if_ours(Path(file.path), file.inode)]
+    sync_removals(Path(file.path).parent for file in made)
+    return tuple(removed)
 
 
 def _holds_nothing(path: str) -> bool:

@@ -26,7 +26,7 @@ from qsnapd.image.files import sync_directory
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import SnapshotName
 from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
-from qsnapd.store.manifests import MANIFEST_NAME
+from qsnapd.store.own_files import is_of_a_snapshot
 from qsnapd.store.record import Record
 from qsnapd.store.snapshots import VmStore
 
@@ -34,8 +34,6 @@ _log = logging.getLogger(__name__)
 
 RENAMING_NAME = ".renaming.json"
 _MEMORY_NAME = "memory.img"
-_LEFT_BEHIND = frozenset({MANIFEST_NAME, f".{MANIFEST_NAME}.new", ".import.json"})
-"""In a snapshot's folder, of no use under another name."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 
 
@@ -142,13 +140,13 @@ def _are_same(old: Manifest, new: Manifest) -> bool:
 
 def _own_files(folder: Path) -> list[str]:
     with _failing(f"look into {folder}"):
-        names = sorted(set(os.listdir(folder)) - _LEFT_BEHIND)
-    if strangers := [name for name in names if name != _MEMORY_NAME]:
+        names = sorted(os.listdir(folder))
+    if strangers := [name for name in names if not is_of_a_snapshot(name)]:
         raise WrongState(
             f"{folder} holds what qsnapd has not put there ({', '.join(strangers)}): move that "
             "away first"
         )
-    return names
+    return [name for name in names if name == _MEMORY_NAME]  # the rest tells of the old name
 
 
 def _renamed(store: VmStore, manifest: Manifest, name: str) -> Manifest:

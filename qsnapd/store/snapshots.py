@@ -19,7 +19,6 @@ STATE_DIR/VM/.state.json           what the daemon knew of the VM when it last r
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -34,21 +33,27 @@ from qsnapd.errors import (
     UnknownSnapshot,
 )
 from qsnapd.faults import Point, reach_in_thread
-from qsnapd.image.files import sync_directory
-from qsnapd.model.names import check_name
+from qsnapd.image.files import (
+    NotLasting,
+    create_lasting_directory,
+    make_directory,
+    open_new,
+    replace_file,
+    sync_directory,
+)
+from qsnapd.model.names import check_name, is_name
 from qsnapd.model.snapshot import MANIFEST_FORMAT, Manifest
 from qsnapd.store.deletions import DELETION_NAME, DeletionJournal
 from qsnapd.store.journal import Journal
 from qsnapd.store.leases import Leases
 from qsnapd.store.made import Made
-from qsnapd.store.manifests import MANIFEST_NAME, read_manifest, write_manifest
+from qsnapd.store.manifests import MANIFEST_NAME, read_manifest, replace_manifest, write_manifest
+from qsnapd.store.own_files import is_of_a_snapshot
 from qsnapd.store.shared_files import SharedFiles
 
 _PARTIAL = ".partial"
 _REMOVED = ".removed"
 _FORGOTTEN = ".forgotten"
-_OWN_FILES = (MANIFEST_NAME, f".{MANIFEST_NAME}.new", "memory.img", ".import.json")
-"""All that qsnapd ever puts into a snapshot's folder."""
 _log = logging.getLogger(__name__)
 
 _Version = tuple[int, int, int]
@@ -110,7 +115,7 @@ class VmStore:
     def current(self) -> str | None:
         """The snapshot the VM's disks go on from, if there is one and it still exists."""
         name = self._read(".current")
-        return name if name and (self.path(name) / MANIFEST_NAME).exists() else None
+        return name if is_name(name) and (self.path(name) / MANIFEST_NAME).exists() else None
 
     def current_as_written(self) -> str:
         """What `set_current` was given last, whether it exists or not; empty if nothing."""
@@ -130,7 +135,8 @@ class VmStore:
         """Snapshots that were begun: one per running job, else what a crash has left."""
         with self._failing("read"):
             entries = [e.name for e in os.scandir(self.directory) if e.name.endswith(_PARTIAL)]
-        return tuple(sorted(e[1 : -len(_PARTIAL)] for e in entries if e.startswith(".")))
+        names = (e[1 : -len(_PARTIAL)] for e in entries if e.startswith("."))
+        return tuple(sorted(filter(is_name, names)))
 
     def stage(self, name: str) -> Path:
         """Make the directory (0700) in which *name* grows until `commit`.
@@ -141,8 +147,7 @@ class VmStore:
         staging = self.partial_path(name)
         try:
             with self._failing("create"):
-                staging.mkdir(mode=0o700)
-                sync_directory(self.directory)
+                create_lasting_directory(staging)
         except StoreError as exc:
             if isinstance(exc.__cause__, FileExistsError):
                 raise StoreError(
@@ -151,14 +156,16 @@ class VmStore:
             raise
         return staging
 
-    def unstage(self, name: str) -> None:
-        """Remove what `stage` made and all that is in it; no harm if nothing is there."""
+    def unstage(self, name: str) -> bool:
+        """Remove what `stage` made; durable, and no harm if nothing is there.
+
+        Returns whether it is gone: what qsnapd has not put there stays, in its folder.
+        """
+        staging = self.partial_path(name)
         with self._failing("remove", Effect.PARTIAL):
-            try:
-                shutil.rmtree(self.partial_path(name))
-            except FileNotFoundError:
-                return
+            is_gone = not staging.exists() or _remove_own(staging)
             sync_directory(self.directory)
+        return is_gone
 
     def commit(self, name: str, manifest: Manifest) -> None:
         """Make what is staged the snapshot *name*: all or nothing.
@@ -179,13 +186,7 @@ class VmStore:
             reach_in_thread(Point.COMMIT_MANIFEST_WRITTEN)
             self._require_free(name)
             staging.rename(final)  # the commit point
-        try:
-            sync_directory(self.directory)
-        except OSError as exc:  # the snapshot exists: too late to call it a failure
-            _log.warning(
-                "snapshot %s of VM %s may not survive a power failure: %s",
-                name, self.vm, exc.strerror,
-            )  # fmt: skip
+        self._sync_at_last(name, self.directory)
 
     def uncommit(self, name: str) -> None:
         """Make the snapshot *name* what it was before `commit`: all or nothing, durable.
@@ -201,17 +202,15 @@ class VmStore:
     def replace(self, manifest: Manifest) -> None:
         """Put *manifest* in place of the snapshot's present one: all or nothing, durable.
 
-        Raises: UnknownSnapshot; StoreError.
+        Raises: UnknownSnapshot; StoreError: with effect UNKNOWN, it may not survive a power
+          failure.
         """
         path = self.path(manifest.name) / MANIFEST_NAME
         if not path.exists():
             raise UnknownSnapshot(f"VM {self.vm!r} has no snapshot {manifest.name!r}")
-        draft = path.with_name(f".{MANIFEST_NAME}.new")
+        manifest = manifest.model_copy(update={"format": MANIFEST_FORMAT})
         with self._failing("write"):
-            draft.unlink(missing_ok=True)
-            write_manifest(draft, manifest.model_copy(update={"format": MANIFEST_FORMAT}))
-            draft.rename(path)
-            sync_directory(path.parent)
+            replace_manifest(path, manifest)
 
     def remove(self, name: str) -> Path | None:
         """Make the snapshot *name* not exist, and remove what lay in its folder; idempotent.
@@ -235,10 +234,9 @@ class VmStore:
         above = self.directory / _FORGOTTEN
         kept = above / f"{check_name(name)}-{token}"
         with self._failing("move"):
-            above.mkdir(mode=0o700, exist_ok=True)
+            make_directory(above)
             self.path(name).rename(kept)
-            sync_directory(above)
-            sync_directory(self.directory)
+        self._sync_at_last(name, above, self.directory)
         return kept
 
     def forgotten(self) -> tuple[Path, ...]:
@@ -265,11 +263,18 @@ class VmStore:
 
     def set_current(self, name: str | None) -> None:
         """Make *name* the current snapshot, or none; durable on return."""
-        self._replace(".current", name or "", durable=True)
+        with self._failing("write"):
+            replace_file(self.directory / ".current", name or "")
 
     def remember_state(self, text: str) -> None:
         """Keep *text* for the next daemon. Survives a crash of this one, not of the host."""
-        self._replace(".state.json", text, durable=False)
+        path = self.directory / ".state.json"
+        draft = path.with_name(".state.json.new")
+        with self._failing("write"):
+            draft.unlink(missing_ok=True)
+            with open(open_new(draft), "w", encoding="utf-8") as file:
+                file.write(text)
+            draft.rename(path)
 
     # --- below ---------------------------------------------------------------------------
 
@@ -319,24 +324,25 @@ class VmStore:
                 return ""
             raise
 
-    def _replace(self, file_name: str, text: str, *, durable: bool) -> None:
-        path = self.directory / file_name
-        draft = path.with_name(f"{file_name}.new")
-        with self._failing("write"):
-            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                if durable:
-                    os.fsync(fd)
-            draft.rename(path)
-            if durable:
-                sync_directory(self.directory)
+    def _sync_at_last(self, name: str, *directories: Path) -> None:
+        """Sync what has just been renamed: it is done, and too late to call it a failure."""
+        for directory in directories:
+            try:
+                sync_directory(directory)
+            except OSError as exc:
+                _log.warning(
+                    "what was done to snapshot %s of VM %s may not survive a power failure: %s",
+                    name, self.vm, exc.strerror,
+                )  # fmt: skip
 
     @contextmanager
     def _failing(self, verb: str, effect: Effect = Effect.NONE) -> Iterator[None]:
         try:
             yield
+        except NotLasting as exc:
+            raise StoreError(
+                f"cannot {verb} {exc.filename} for good: {exc.strerror}", effect=Effect.UNKNOWN
+            ) from exc
         except OSError as exc:
             where = exc.filename or self.directory
             raise StoreError(f"cannot {verb} {where}: {exc.strerror}", effect=effect) from exc
@@ -344,8 +350,9 @@ class VmStore:
 
 def _remove_own(folder: Path) -> bool:
     """Remove a snapshot's folder; False if it stays, for what others have put there."""
-    for own in _OWN_FILES:
-        (folder / own).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if is_of_a_snapshot(path.name):
+            path.unlink()
     try:
         folder.rmdir()
     except OSError:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from qsnapd.errors import Blocked
@@ -20,6 +21,10 @@ _WITHOUT_VALUE = (
 )
 WITHOUT_VALUE = frozenset(_WITHOUT_VALUE.split())
 """Every other option is followed by its value: a name missing here swallows the next word."""
+
+DEPTH_LIMIT = 255
+"""How deep a value may be nested: deeper than any chain of images that qsnapd works with."""
+_LONGEST_INDEX_DIGITS = 9
 
 # One "key=value" up to a lone comma; a comma within the value is written twice.
 _PART = re.compile(r"((?:[^,]|,,)*)(?:,|\Z)", re.DOTALL)
@@ -85,18 +90,19 @@ class Fields(dict[str, Any]):
     def parse(cls, text: str, *, first_key: str | None = None) -> "Fields":
         """Read `{...}` or `key=value,...`; *first_key* is implied by a first part without "=".
 
-        Raises: NotUnderstood: JSON that is none, or not as QEMU wants it.
+        Raises: NotUnderstood: JSON that is none, or not as QEMU wants it; or nested too deep.
         """
         if text.startswith("{"):
+            flat = dict[str, Any]()
             try:
-                flat = _flat(json.loads(text))
+                _flatten(json.loads(text), "", flat)
             except (ValueError, RecursionError) as exc:
                 raise NotUnderstood(f"{text[:100]}: qsnapd cannot read this JSON: {exc}") from exc
-            prefixes = {key[:at] for key in flat for at, sign in enumerate(key) if sign == "."}
-            if not prefixes.isdisjoint(flat):
+            _require_shallow(text, flat)
+            if _says_one_thing_twice(flat):
                 raise NotUnderstood(f"{text[:100]}: says one thing twice")
             return cls(flat, is_json=True)
-        values = {}
+        values = dict[str, str]()
         for number, match in enumerate(_PART.finditer(text)):
             part = match[1]
             if not part:
@@ -105,6 +111,7 @@ class Fields(dict[str, Any]):
             if not equals:  # "snapshot" alone means "snapshot=on"
                 key, value = (first_key, part) if first_key and number == 0 else (part, "on")
             values[key] = value.replace(",,", ",")
+        _require_shallow(text, values)
         return cls(values)
 
     def __str__(self) -> str:
@@ -125,7 +132,8 @@ class Fields(dict[str, Any]):
             self[new] = self.pop(key)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401 -- any JSON
+def _flatten(tree: Any, prefix: str, flat: dict[str, Any]) -> None:  # noqa: ANN401 -- any JSON
+    """Put what is in *tree* into *flat*, by dotted key."""
     children: Iterable[tuple[Any, Any]]
     match tree:
         case dict() if tree or not prefix:
@@ -133,11 +141,21 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401 -- any
         case list() if tree:
             children = enumerate(tree)
         case _:
-            return {prefix.removesuffix("."): tree}
-    flat: dict[str, Any] = {}
+            flat[prefix.removesuffix(".")] = tree
+            return
     for key, child in children:
-        flat |= _flat(child, f"{prefix}{key}.")
-    return flat
+        _flatten(child, f"{prefix}{key}.", flat)
+
+
+def _require_shallow(text: str, flat: Iterable[str]) -> None:
+    if any(key.count(".") > DEPTH_LIMIT for key in flat):
+        raise NotUnderstood(f"{text[:100]}: is nested more than {DEPTH_LIMIT} deep")
+
+
+def _says_one_thing_twice(flat: Iterable[str]) -> bool:
+    """Whether a key has a value, and others below it."""
+    paths = sorted(key.split(".") for key in flat)
+    return any(below[: len(path)] == path for path, below in pairwise(paths))
 
 
 def _nested(flat: Mapping[str, Any]) -> Any:  # noqa: ANN401 -- any JSON
@@ -155,6 +173,6 @@ def _with_lists(tree: Any) -> Any:  # noqa: ANN401 -- any JSON
     # QEMU's own rule: what has only numbers for keys is a list.
     if not isinstance(tree, dict):
         return tree
-    if tree and all(key.isdecimal() for key in tree):
+    if tree and all(key.isdecimal() and len(key) <= _LONGEST_INDEX_DIGITS for key in tree):
         return [_with_lists(tree[key]) for key in sorted(tree, key=int)]
     return {key: _with_lists(value) for key, value in tree.items()}

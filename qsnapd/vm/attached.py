@@ -11,7 +11,7 @@ from qsnapd.model.state import Condition
 from qsnapd.qmp.commands import (
     CommandInfo,
     Cont,
-    QomGet,
+    QomGetText,
     QueryCommands,
     QueryCpusFast,
     QueryMemdev,
@@ -171,7 +171,7 @@ async def learn(
     """Ask a QEMU for what does not change while it lives."""
     commands: list[CommandInfo] = await session.execute(QueryCommands())
     memory = await session.execute(QueryMemorySizeSummary())
-    machine = str(await session.execute(QomGet(path="/machine", property="type")))
+    machine = await session.execute(QomGetText(path="/machine", property="type"))
     cpus = await session.execute(QueryCpusFast())
     return AttachedVm(
         name=name,

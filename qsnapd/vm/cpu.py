@@ -9,7 +9,13 @@ something; if so, only what the expansion turns on is asked for, about 40 ms.
 from dataclasses import dataclass
 
 from qsnapd.errors import CommandRefused
-from qsnapd.qmp.commands import QomGet, QueryCpuModelExpansion, QueryCpusFast
+from qsnapd.qmp.commands import (
+    QomGet,
+    QomGetFeatures,
+    QomGetText,
+    QueryCpuModelExpansion,
+    QueryCpusFast,
+)
 from qsnapd.qmp.session import QmpSession
 
 _TYPE_SUFFIX = "-x86_64-cpu"
@@ -37,7 +43,7 @@ async def read_cpu(session: QmpSession) -> Cpu | None:
     path = cpus[0].qom_path if cpus else None
     if path is None:
         return None
-    type_ = str(await session.execute(QomGet(path=path, property="type")))
+    type_ = await session.execute(QomGetText(path=path, property="type"))
     try:
         return Cpu(type_, await _features(session, path, type_))
     except CommandRefused:  # not an x86 CPU, or an older QEMU
@@ -48,8 +54,8 @@ async def _features(session: QmpSession, path: str, type_: str) -> tuple[str, ..
     model = {"name": type_.removesuffix(_TYPE_SUFFIX)}
     expansion = await session.execute(QueryCpuModelExpansion(type="full", model=model))
     names = sorted(n for n, on in expansion.model.props.items() if on is True and _is_feature(n))
-    filtered = await session.execute(QomGet(path=path, property="filtered-features"))
-    if not any(word.get("features") for word in filtered):
+    filtered = await session.execute(QomGetFeatures(path=path, property="filtered-features"))
+    if not any(word.features for word in filtered):
         return tuple(names)
     return tuple(
         [n for n in names if await session.execute(QomGet(path=path, property=n)) is True]

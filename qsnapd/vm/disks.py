@@ -1,6 +1,7 @@
 """The disks of a running VM, as QEMU's block graph tells them."""
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ _TARGET_PREFIXES = (
     ("nvme", "nvme"),
     ("floppy", "fd"),
 )
+_LONGEST_NUMBER = 20
+_TARGET = re.compile(r"[^/\x00]{1,128}")
 _PASSED_THROUGH = ("scsi-block", "scsi-generic")
 
 
@@ -99,7 +102,7 @@ async def read_disks(session: QmpSession, pid: int) -> tuple[Disk, ...]:
     """Ask QEMU for its disks, with the files behind them as process *pid* sees them."""
     devices = await session.execute(QueryBlock())
     fdsets = await session.execute(QueryFdsets())
-    types = [str(await _property(session, device, "type") or "") for device in devices]
+    types = [await _type(session, device) for device in devices]
     shared = [await _property(session, device, "share-rw") is True for device in devices]
     names = await read_layer_names(session, devices)
     files = await in_thread(open_files, pid)
@@ -126,6 +129,11 @@ async def _property(session: QmpSession, device: BlockInfo, name: str) -> object
         return None  # also if it was unplugged meanwhile, or is no QOM object
 
 
+async def _type(session: QmpSession, device: BlockInfo) -> str:
+    found = await _property(session, device, "type")
+    return found if isinstance(found, str) else ""
+
+
 def assign_targets(devices: Iterable[BlockInfo], types: Iterable[str]) -> list[str]:
     """Name the disks as libvirt would, in QEMU's order within each kind of bus."""
     counts: dict[str, int] = {}
@@ -134,7 +142,8 @@ def assign_targets(devices: Iterable[BlockInfo], types: Iterable[str]) -> list[s
         prefix = next((p for start, p in _TARGET_PREFIXES if device_type.startswith(start)), None)
         if prefix is None:
             fallback = device.device or (device.qdev or "").rsplit("/", 1)[-1]
-            targets.append(fallback or f"disk{len(targets)}")
+            named = _TARGET.fullmatch(fallback) and fallback.isprintable()
+            targets.append(fallback if named else f"disk{len(targets)}")
             continue
         number = counts.get(prefix, 0)
         counts[prefix] = number + 1
@@ -185,7 +194,7 @@ def _disk(
         if identity is None:
             break
         chain.append(identity)
-    specific = (node.image.format_specific or {}) if node else {}
+    specific = node.image.format_specific if node else None
     return Disk(
         target=target,
         device=device.device,
@@ -197,7 +206,7 @@ def _disk(
         depth=len(names),
         virtual_size_bytes=node.image.virtual_size_bytes if node else 0,
         cluster_size_bytes=node.image.cluster_size_bytes if node else None,
-        extended_l2=bool(specific.get("data", {}).get("extended-l2", False)),
+        extended_l2=specific is not None and specific.data.get("extended-l2") is True,
         cache_direct=node.cache.direct if node else False,
         cache_no_flush=node.cache.no_flush if node else False,
         detect_zeroes=node.detect_zeroes if node else "off",
@@ -212,7 +221,7 @@ def _disk(
 def _seen_name(filename: str, handed: Mapping[int, str]) -> str:
     filename = plain_name(filename)
     number = filename.removeprefix(FDSET_PREFIX)
-    if number != filename and number.isdecimal():
+    if number != filename and number.isdecimal() and len(number) < _LONGEST_NUMBER:
         return handed.get(int(number), filename)
     return filename
 

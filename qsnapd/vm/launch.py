@@ -212,11 +212,12 @@ def _find(
 ) -> dict[MovedDisk, _Found]:
     """For each disk the one mention of its newest image."""
     found: dict[MovedDisk, _Found] = {}
+    daemonized = any(option.name == "daemonize" for option in parse_options(process.argv[1:]))
     for disk in disks:
         matches = [
             match
             for mention in mentions
-            if (match := _match(mention, disk.chain, process, identify)) is not None
+            if (match := _match(mention, disk.chain, process.cwd, identify, daemonized=daemonized))
         ]
         newest = min((match.rank for match in matches), default=0)
         best = [match for match in matches if match.rank == newest]
@@ -240,10 +241,15 @@ def _find(
 
 
 def _match(
-    mention: Mention, chain: Sequence[FileIdentity], process: Process, identify: Identify
+    mention: Mention,
+    chain: Sequence[FileIdentity],
+    cwd: str,
+    identify: Identify,
+    *,
+    daemonized: bool,
 ) -> _Found | None:
     name = os.path.normpath(mention.filename)
-    path = os.path.normpath(os.path.join(process.cwd, name))
+    path = os.path.normpath(os.path.join(cwd, name))
     meant = identify(path)
     for rank, link in enumerate(chain):
         # Device numbers can change with a reboot: what the recorded path leads to now counts.
@@ -251,16 +257,12 @@ def _match(
             meant is not None and meant == (identify(link.path) or (link.device, link.inode))
         ):
             return _Found(mention, rank)
-    if not os.path.isabs(name) and _daemonized(process):
+    if not os.path.isabs(name) and daemonized:
         # -daemonize moves to "/": where QEMU was started may not be known, but the image is.
         for rank, link in enumerate(chain):
             if link.path.endswith(f"/{name}"):
                 return _Found(mention, rank, cwd=link.path.removesuffix(name).rstrip("/") or "/")
     return None
-
-
-def _daemonized(process: Process) -> bool:
-    return any(option.name == "daemonize" for option in parse_options(process.argv[1:]))
 
 
 def _not_found(disk: MovedDisk, process: Process) -> str:

@@ -12,7 +12,7 @@ import trio
 
 from qsnapd.errors import CommandRefused, VmError
 from qsnapd.model.snapshot import Machine, Process
-from qsnapd.qmp.commands import QomGet, QueryMachines, QueryVersion, VersionInfo
+from qsnapd.qmp.commands import QomGetText, QueryMachines, QueryVersion, VersionInfo
 from qsnapd.qmp.migration import MigrateSetCapabilities, QueryMigrateCapabilities
 from qsnapd.qmp.session import QmpSession
 from qsnapd.vm.argv import Fields, Option, parse_options
@@ -81,7 +81,7 @@ async def probe(executable: str, machine: Machine) -> Probe:
 
 async def _ask(session: QmpSession) -> Probe:
     version = await session.execute(QueryVersion())
-    machine_type = str(await session.execute(QomGet(path="/machine", property="type")))
+    machine_type = await session.execute(QomGetText(path="/machine", property="type"))
     cpu = await read_cpu(session)
     known = frozenset(c.capability for c in await session.execute(QueryMigrateCapabilities()))
     return Probe(

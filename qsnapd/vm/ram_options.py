@@ -23,7 +23,7 @@ _KEPT = ("qom-type", "id", "size", "merge", "dump", "reserve")
 """Properties of any backend; the others say where its memory comes from."""
 _DEFAULT_BYTES = 128 << 20
 """What a machine has without -m."""
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGTPE]?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)([BKMGTPE]?)", re.IGNORECASE)
 _SHIFTS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 
 _SHARERS = ("vhost-user", "vfio-user", "ivshmem")

@@ -9,6 +9,7 @@ from pathlib import Path
 import trio
 
 from qsnapd.errors import VmError
+from qsnapd.image.files import allow_owner
 from qsnapd.model.plan import Launch
 from qsnapd.vm.attached import AttachedVm
 
@@ -86,6 +87,7 @@ def spawn(launch: Launch, log: Path) -> "subprocess.Popen[bytes]":
     """
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        allow_owner(descriptor)
     except OSError as exc:
         raise VmError(f"cannot write {log}: {exc.strerror}") from exc
     privileged = os.geteuid() == 0

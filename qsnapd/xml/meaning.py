@@ -78,10 +78,11 @@ def disk_meaning(
 
 def require_each_once(disks: list[dict[str, object]]) -> None:
     """Raise BadRequest if two of these DiskRequests are for one disk."""
-    named = [disk["target"] for disk in disks]
-    for name in named:
-        if named.count(name) > 1:
+    seen = set[object]()
+    for name in (disk["target"] for disk in disks):
+        if name in seen:
             raise BadRequest(f"disk '{name}' specified twice")
+        seen.add(name)
 
 
 def _invalid(attribute: str, element: str, value: str) -> str:

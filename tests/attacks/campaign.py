@@ -1,9 +1,8 @@
-"""Many attacks one after the other, on a few VMs at a time; what was found is counted."""
+"""Many attacks one after the other, on one VM after the other; what was found is counted."""
 
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Protocol
 
 import trio
 
+from qsnapd.snapshot.taking.rescuing import FREED
 from tests.attacks.forge import Forge
 from tests.attacks.lane import Lane, open_lane
 from tests.parts import Qemu
 
-LANES = 2
-"""As many as there are CPUs."""
 CASES_PER_VM = 12
 """Then its chain is long, and its files are many."""
 CASE_LIMIT_S = 300.0
@@ -34,60 +32,31 @@ class Attack(Protocol):
 class Tally:
     """What came of a campaign."""
 
-    name: str
     cases: int = 0
     violations: list[str] = field(default_factory=list)
     """One text each: which case, and what was wrong."""
-    remarks: dict[str, int] = field(default_factory=dict)
-    """What else was counted."""
-    took_s: float = 0.0
-
-    def remark(self, what: str) -> None:
-        self.remarks[what] = self.remarks.get(what, 0) + 1
+    hung: int = 0
+    """How often QEMU had frozen its guest for good, and it was freed from outside."""
 
 
 async def carry_out(
-    tally: Tally,
     attacks: Iterable[Attack],
     forge: Forge,
     qemu: Qemu,
     folder: Path,
     *,
     open_a_lane: OpenLane = open_lane,
-) -> None:
+) -> Tally:
     """Do all of *attacks*, and count. A VM on which something was wrong is not used again."""
-    begun_s = time.monotonic()
-    waiting, numbers = deque(attacks), count()
-    async with trio.open_nursery() as nursery:
-        for _ in range(LANES):
-            nursery.start_soon(
-                _work_off, tally, waiting, numbers, _opener(open_a_lane, forge, qemu, folder)
-            )
-    tally.took_s += time.monotonic() - begun_s
-
-
-def _opener(
-    open_a_lane: OpenLane, forge: Forge, qemu: Qemu, folder: Path
-) -> Callable[[int], AbstractAsyncContextManager[Lane]]:
-    @asynccontextmanager
-    async def opened(number: int) -> AsyncIterator[Lane]:
-        async with open_a_lane(forge, qemu, folder / f"lane{number}") as lane:
-            yield lane
-
-    return opened
-
-
-async def _work_off(
-    tally: Tally,
-    waiting: deque[Attack],
-    numbers: Iterator[int],
-    opened: Callable[[int], AbstractAsyncContextManager[Lane]],
-) -> None:
+    tally, waiting, numbers = Tally(), deque(attacks), count()
     while waiting:
-        async with opened(next(numbers)) as lane:
+        async with open_a_lane(forge, qemu, folder / f"lane{next(numbers)}") as lane:
             for _ in range(CASES_PER_VM):
                 if not waiting or not await _once(tally, lane, waiting.popleft()):
                     break
+            log = await trio.Path(lane.log).read_text(errors="replace")
+            tally.hung += log.count(FREED)
+    return tally
 
 
 async def _once(tally: Tally, lane: Lane, attack: Attack) -> bool:

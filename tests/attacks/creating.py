@@ -87,6 +87,12 @@ def recovering(strategy: Strategy) -> list[Creating]:
     return [Creating(strategy, faults) for faults in each_later(UNDO_POINTS, crashed)]
 
 
+def saving_again(strategy: Strategy) -> list[Creating]:
+    """While QEMU is made able to save again after a drained save: that is before 9.0."""
+    failed = (Point.FINISH_SYNCED, Action.ERROR)
+    return [Creating(strategy, faults) for faults in each((Point.UNDO_SAVES_AGAIN,), failed)]
+
+
 async def _require_all_or_nothing(
     lane: Lane, daemon: Forged, before: Footprint, name: str, error: QsnapError | None
 ) -> None:

@@ -79,7 +79,7 @@ class Failure(StrEnum):
 
     @property
     def kind(self) -> Kind:
-        return Kind.BTRFS if self is Failure.QUOTA else Kind.EXT4
+        return {Failure.QUOTA: Kind.BTRFS, Failure.FULL: Kind.XFS}.get(self, Kind.EXT4)
 
     @property
     def needs_mount(self) -> bool:

@@ -2,7 +2,7 @@
 
 import random
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -182,7 +182,9 @@ async def struck(
 Kind = type[DaemonKilled] | type[JobAborted] | type[QemuKilled]
 
 
-def by_lot(kind: Kind, works: list[Work], how_many: int, seed: int) -> Iterator[Kind]:
+def by_lot(
+    kind: Kind, works: list[Work], how_many: int, seed: int
+) -> list[DaemonKilled | JobAborted | QemuKilled]:
     """So many attacks of a kind, on each of *works* in turn."""
-    for number, work in enumerate(islice(cycle(works), how_many)):
-        yield kind(work, seed * 1_000_000 + number)  # type: ignore[misc]
+    drawn = enumerate(islice(cycle(works), how_many))
+    return [kind(work, seed * 1_000_000 + number) for number, work in drawn]

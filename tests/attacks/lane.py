@@ -92,9 +92,16 @@ class Lane:
 
     def struck(self) -> list[str]:
         """What the daemons have said of planted faults since the last call."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        new, self._said = lines[self._said :], len(lines)
-        return [line for line in new if "a planted fault strikes" in line]
+        new = self._unread()
+        self._said += len(new)
+        return _strikes(new)
+
+    def has_struck(self, how_often: int) -> bool:
+        """Whether they have said so *how_often* since `struck`, or more often."""
+        return len(_strikes(self._unread())) >= how_often
+
+    def _unread(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()[self._said :]
 
     async def settled(self, daemon: Forged, *, state: str = "running") -> None:
         """Wait until the daemon is done with what it found, and the VM is in that state.
@@ -214,6 +221,10 @@ class Lane:
     async def look(self) -> Footprint:
         assert len(self.vm.pids()) == 1, f"{len(self.vm.pids())} QEMUs run"
         return await look(self.vm, self.state_dir)
+
+
+def _strikes(lines: list[str]) -> list[str]:
+    return [line for line in lines if "a planted fault strikes" in line]
 
 
 def _is_about(finding: dict[str, Any], paths: tuple[Path, ...]) -> bool:

@@ -49,6 +49,10 @@ class Faults:
         return _has(self.first, Action.KILL)
 
     @property
+    def kills_later(self) -> bool:
+        return _has(self.later, Action.KILL)
+
+    @property
     def holds_a_thread(self) -> bool:
         return any(p in IN_THREADS and action is Action.HANG for p, action in self.first)
 
@@ -57,13 +61,16 @@ class Faults:
         if self.later:
             async with lane.daemon(spelled(self.later)) as daemon:
                 await self._suffer(lane, daemon)
-        planted = [f"{action} at point {point.number}," for point, action in self.first]
-        planted += [f"{action} at point {point.number}," for point, action in self.later]
+        self.require_struck(lane)
+
+    def require_struck(self, lane: Lane) -> None:
+        """Fail if one has not."""
+        planted = [f"{action} at point {point.number}" for point, action in self.first + self.later]
         struck = lane.struck()
         assert len(struck) == len(planted), f"planted: {planted}, struck: {struck}"
 
     async def _suffer(self, lane: Lane, daemon: Forged) -> None:
-        if _has(self.later, Action.KILL):
+        if self.kills_later:
             await died(daemon)
         elif any(p in IN_THREADS and action is Action.HANG for p, action in self.later):
             await trio.sleep(STALL_LIMIT_S)

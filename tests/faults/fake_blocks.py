@@ -51,6 +51,8 @@ class BlockJob:
     base: Node
     status: str = "created"
     completed: trio.Event = field(default_factory=trio.Event)
+    finalized: trio.Event = field(default_factory=trio.Event)
+    cancelled: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
 class FakeBlocks:
@@ -76,7 +78,10 @@ class FakeBlocks:
         monitor.serve("transaction", self._transaction)
         monitor.serve("block-commit", self._commit)
         monitor.serve("job-complete", self._complete)
+        monitor.serve("job-finalize", self._finalize)
+        monitor.serve("job-cancel", self._cancel)
         monitor.serve("job-dismiss", self._dismiss)
+        monitor.serve("human-monitor-command", self._human)
         if monitor.major >= 10:
             monitor.serve("blockdev-set-active", self._set_active)
 
@@ -192,23 +197,30 @@ class FakeBlocks:
         if base not in top.chain():
             raise Refusal(f"'{base.name}' is not in the backing chain of '{top.name}'")
         job = BlockJob(arguments["job-id"], top, base)
+        if arguments.get("auto-finalize", True):
+            job.finalized.set()
         self.jobs[job.id] = job
         self._monitor.start(self._run, job)
 
     async def _run(self, job: BlockJob) -> None:
-        for status in ("running", "ready"):
-            self._enter(job, status)
-            await trio.sleep(COMMIT_S)
-        await job.completed.wait()
-        for status in ("waiting", "pending"):
-            self._enter(job, status)
-            await trio.sleep(COMMIT_S)
+        with job.cancelled:
+            for status in ("running", "ready"):
+                self._enter(job, status)
+                await trio.sleep(COMMIT_S)
+            await job.completed.wait()
+            for status in ("waiting", "pending"):
+                self._enter(job, status)
+                await trio.sleep(COMMIT_S)
+            await job.finalized.wait()
+            self._switch(job)
+        self._enter(job, "concluded")
+
+    def _switch(self, job: BlockJob) -> None:
         if job.top.last_tick is not None:
             job.base.last_tick = job.top.last_tick
         for name, used in self.devices.items():
             if used is job.top:
                 self.devices[name] = job.base
-        self._enter(job, "concluded")
 
     def _enter(self, job: BlockJob, status: str) -> None:
         job.status = status
@@ -224,6 +236,24 @@ class FakeBlocks:
         if job.status != "ready":
             raise Refusal(f"Job '{job.id}' in state '{job.status}' cannot accept command verb")
         job.completed.set()
+
+    def _finalize(self, arguments: Arguments) -> None:
+        job = self._job(arguments)
+        if job.status != "pending" or job.finalized.is_set():
+            raise Refusal(f"Job '{job.id}' in state '{job.status}' cannot accept command verb")
+        job.finalized.set()
+
+    def _cancel(self, arguments: Arguments) -> None:
+        job = self._job(arguments)
+        if job.status == "concluded":
+            raise Refusal(f"Job '{job.id}' in state '{job.status}' cannot accept command verb")
+        job.cancelled.cancel()
+
+    def _human(self, arguments: Arguments) -> str:
+        program, node, command = arguments["command-line"].split()
+        assert (program, command) == ("qemu-io", "flush"), "nothing else is asked for"
+        self._node(node.strip('"'))
+        return ""
 
     def _dismiss(self, arguments: Arguments) -> None:
         job = self._job(arguments)

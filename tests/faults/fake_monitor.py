@@ -49,6 +49,8 @@ class FakeMonitor:
         self.major = int(version.split(".")[0])
         self.before: Callable[[], None] = lambda: None
         """Called before every command; what the guest does meanwhile."""
+        self.lies: Callable[[object], object] = lambda result: result
+        """Called with what a command returns, for what is told of it."""
         self.hangs: dict[str, trio.Event] = {}
         """Commands that are not answered until the event, nor is any other."""
         self.refusals: dict[str, list[str]] = {}
@@ -104,7 +106,7 @@ class FakeMonitor:
                 raise Refusal(self.refusals[request.name].pop(0))
             if request.name not in self._handlers:
                 raise Refusal(f"The command {request.name} has not been found")
-            request.result = self._handlers[request.name](request.arguments)
+            request.result = self.lies(self._handlers[request.name](request.arguments))
         except Refusal as exc:
             request.refusal = str(exc)
         finally:

@@ -154,7 +154,7 @@ class Scene:
 
     def look(self) -> Look:
         for thread in threading.enumerate():
-            if thread.name == "drain":
+            if thread.name.startswith("drain"):
                 thread.join(DRAIN_END_S)
         files = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*")]
         names = (_name_of(descriptor) for descriptor in os.listdir("/proc/self/fd"))

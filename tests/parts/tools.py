@@ -25,6 +25,11 @@ PROGRAMS = {
 }
 """What we call, and the packages that bring it; those also name what an unpacked program
 looks for beside itself."""
+ROOTS_PROGRAMS = {
+    "mkfs.xfs": ("xfsprogs",),
+    "mkfs.btrfs": ("btrfs-progs",),
+}
+"""The same for tests that only root can run: they mount file systems of their own."""
 
 
 def command(name: str) -> list[str]:
@@ -47,10 +52,14 @@ def command(name: str) -> list[str]:
 
 
 def missing_programs() -> list[str]:
-    missing = [name for name in PROGRAMS if _find(name) is None]
+    missing = [name for name in _programs() if _find(name) is None]
     if "gcc" not in missing and not Path("/usr/include/stdio.h").exists():
         missing.append("gcc")  # a compiler without libc6-dev is none
     return missing
+
+
+def _programs() -> dict[str, tuple[str, ...]]:
+    return PROGRAMS if os.geteuid() else PROGRAMS | ROOTS_PROGRAMS
 
 
 def _find(name: str) -> str | None:
@@ -60,7 +69,7 @@ def _find(name: str) -> str | None:
 
 def missing_packages() -> list[str]:
     """Return the Debian packages that `make prepare` needs and this machine lacks."""
-    packages = [package for name in missing_programs() for package in PROGRAMS[name]]
+    packages = [package for name in missing_programs() for package in _programs()[name]]
     if importlib.util.find_spec("ensurepip") is None:
         packages.append("python3-venv")
     try:
@@ -94,7 +103,7 @@ def unpack_tools(apt: PrivateApt) -> None:
     """Unpack the programs that are missing."""
     partial = TOOLS.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    packages = [package for name in missing_programs() for package in PROGRAMS[name]]
+    packages = [package for name in missing_programs() for package in _programs()[name]]
     apt.unpack_with_dependencies(packages, partial)
     shutil.rmtree(TOOLS, ignore_errors=True)
     partial.rename(TOOLS)

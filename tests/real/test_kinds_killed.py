@@ -14,6 +14,8 @@ from qsnapd.qmp.commands import Command, Quit
 from tests.harness import open_vm
 from tests.parts import Qemu
 from tests.real.cases import BUSY, LAZY, TWO_DISKS, VM, each_qemu
+from tests.real.disk_content import read_disk
+from tests.real.disk_contents import BLOCK_BYTES, write_by
 from tests.real.footprint import files, look, look_through
 from tests.real.steering import steered
 from tests.real.test_killed import open_attached
@@ -53,6 +55,43 @@ async def test_daemon_killed_while_the_guest_is_held(qemu: Qemu, tmp_path: Path)
                 assert await look_through(monitor, vm, state_dir) == before, flags
         await vm.wait_checked()
         assert vm.slots_report().fine
+
+
+@each_qemu
+@pytest.mark.parametrize("moment", ["ready", "pending", "concluded"])
+async def test_daemon_killed_while_disks_are_merged_back(
+    qemu: Qemu, moment: str, tmp_path: Path
+) -> None:
+    """The guest's requests are not held back for long, and what it wrote is where it goes on."""
+    state_dir = tmp_path / "state"
+    async with (
+        open_vm(qemu, LAZY, disks=TWO_DISKS, memory_mib=64) as vm,
+        vm.monitor() as monitor,
+    ):
+        async with open_attached(tmp_path, vm, qemu) as daemon:
+            before = await look_through(monitor, vm, state_dir)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(daemon.ctl, f"snapshot-create-as {VM} s {HELD[0]}", 1)
+                while ((await daemon.json(f"domjobinfo {VM}")) or {}).get("phase") != Phase.HOLDING:
+                    pass  # each question takes a moment
+                await write_by(monitor, 7, 1)
+                monitor.events.clear()
+                nursery.start_soon(daemon.ctl, f"domjobabort {VM}")
+                while (await monitor.wait_event("JOB_STATUS_CHANGE"))["data"]["status"] != moment:
+                    pass
+                daemon.process.kill()
+                await daemon.process.wait()
+                nursery.cancel_scope.cancel()
+            await reconcile(daemon)
+            await write_by(monitor, 8, 2)  # nobody holds it back
+            assert (await monitor.execute("query-status"))["running"]
+        async with open_attached(tmp_path, vm, qemu) as daemon:
+            assert await daemon.json(f"snapshot-list {VM}") == []
+            assert await look_through(monitor, vm, state_dir) == before
+        await vm.kill()
+        for disk in vm.disks:
+            shown = read_disk(disk)
+            assert (shown[BLOCK_BYTES], shown[2 * BLOCK_BYTES]) == (7, 8)
 
 
 @each_qemu

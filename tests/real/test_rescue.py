@@ -1,6 +1,6 @@
 """A QEMU that freezes its guest when a background snapshot fails: the guest comes back.
 
-QSNAPD_RESCUE_RUNS is how often that is forced, in each of the ways together; 10 by default.
+That is forced fifty times, in each of the ways together; QSNAPD_LONG=1: two hundred times.
 """
 
 import json
@@ -31,14 +31,16 @@ from qsnapd.snapshot.taking import memory, rescuing
 from qsnapd.vm.identity import ProcessIdentity, identify
 from qsnapd.vm.rescue import protected_memory, release_memory
 from tests.harness import Slots, Vm, open_vm
+from tests.long import LONG
 from tests.monitor import Monitor
 from tests.parts import SYSTEM_QEMU, find_qemu
 from tests.real.cases import TWO_DISKS, VM, Case
 from tests.real.footprint import look
 from tests.rig import Rig, open_rig
 from tests.system.processes import Daemon, open_daemon, reconcile
+from tests.tallies import Record, count
 
-RUNS = int(os.environ.get("QSNAPD_RESCUE_RUNS", "10"))
+FORCED = 200 if LONG else 50
 LOST_AT_MOST = 0.04
 OLD = Case(find_qemu(SYSTEM_QEMU), Strategy.BACKGROUND, ImageFormat.STREAM)
 DIRTYING = Slots(memory_mib=16, dirty_mib_s=50, disk_pause_us=50)
@@ -60,8 +62,13 @@ class Tally:
     lost: list[str] = field(default_factory=list)
     """The guest did not run again."""
 
+    @property
+    def forced(self) -> int:
+        return self.hung + self.frozen
+
     def note(self, symptom: str | None, *, too_late: bool) -> None:
         self.runs += 1
+        assert self.runs < 3 * FORCED, f"it can hardly be forced: {self}"
         self.too_late += too_late
         self.hung += symptom == "hung"
         self.frozen += symptom == "frozen"
@@ -236,14 +243,14 @@ class InOneProcess:
         self._chance = random.Random(0)
         self._tally = tally
 
-    async def work(self, runs: int) -> None:
+    async def work(self, forced: int) -> None:
         """Fail so often, on one VM as long as its guest lives."""
-        enough = self._tally.runs + runs
-        while self._tally.runs < enough and len(self._tally.lost) <= enough:
+        enough = self._tally.forced + forced
+        while self._tally.forced < enough and len(self._tally.lost) <= enough:
             state_dir = self._state_dir / f"{self._tally.runs}"
             async with open_dirtying() as vm, open_rig(OLD.qemu, state_dir, **{VM: vm}) as rig:
                 try:
-                    while self._tally.runs < enough:
+                    while self._tally.forced < enough:
                         await self._once(vm, rig, state_dir)
                     await require_saving(rig)
                 except (AssertionError, trio.TooSlowError, QsnapError) as exc:
@@ -293,15 +300,15 @@ async def kill_while_saving(daemon: Daemon, vm: Vm, name: str, after_s: float) -
     return (Path(daemon.config).parent / "state" / VM / ".journal.json").exists()
 
 
-async def work_with_daemons(folder: Path, runs: int, tally: Tally) -> None:
+async def work_with_daemons(folder: Path, forced: int, tally: Tally) -> None:
     """Kill the daemon so often; what it leaves is found by the next, or by what systemd runs."""
-    chance, enough = random.Random(1), tally.runs + runs
-    while tally.runs < enough and len(tally.lost) <= enough:
+    chance, enough = random.Random(1), tally.forced + forced
+    while tally.forced < enough and len(tally.lost) <= enough:
         place = folder / f"{tally.runs}"
         place.mkdir()
         async with open_dirtying() as vm:
             try:
-                while tally.runs < enough:
+                while tally.forced < enough:
                     await _kill_once(place, vm, tally, chance.uniform(0, 0.1))
                 async with open_daemon(place, {VM: vm}, OLD.qemu.img) as daemon:
                     await daemon.wait_attached(VM)
@@ -332,12 +339,17 @@ async def _kill_once(folder: Path, vm: Vm, tally: Tally, after_s: float) -> None
 
 
 async def test_guest_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     tally = Tally()
-    await InOneProcess(tmp_path / "state", monkeypatch, tally).work(RUNS - RUNS // 3)
-    await work_with_daemons(tmp_path, RUNS // 3, tally)
-    with capsys.disabled():
-        print(f"\nbackground snapshots that failed on QEMU {SYSTEM_QEMU}: {tally}")
-    assert tally.too_late < RUNS / 2
-    assert len(tally.lost) <= LOST_AT_MOST * tally.runs
+    await InOneProcess(tmp_path / "state", monkeypatch, tally).work(FORCED - FORCED // 3)
+    await work_with_daemons(tmp_path, FORCED // 3, tally)
+    numbers = {
+        "failed": tally.runs,
+        "monitor hung": tally.hung,
+        "guest frozen": tally.frozen,
+        "not freed": len(tally.lost),
+    }
+    count(record_property, "background snapshots that fail", f"QEMU {SYSTEM_QEMU}", numbers)
+    assert tally.forced >= FORCED
+    assert len(tally.lost) <= LOST_AT_MOST * tally.forced, tally.lost

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -98,11 +98,18 @@ async def _replies(stream: trio.SocketStream) -> AsyncGenerator[dict[str, Any], 
 
 @asynccontextmanager
 async def open_daemon(
-    folder: Path, vms: Mapping[str, Vm], qemu_img: Path, *, log: IO[bytes] | None = None
+    folder: Path,
+    vms: Mapping[str, Vm],
+    qemu_img: Path,
+    *,
+    log: IO[bytes] | None = None,
+    settings: Sequence[str] = (),
+    umask: int = -1,
 ) -> AsyncIterator[Daemon]:
     """Run `qsnapd serve` on *vms* for the block; its state stays below *folder*.
 
-    What it logs goes to *log*, by default to our own stderr.
+    *settings*: more lines for its section of the configuration. What it logs goes to *log*, by
+    default to our own stderr; its *umask* is ours by default.
 
     On exit: it was told to end, and did so in time.
     """
@@ -113,6 +120,7 @@ async def open_daemon(
         f'state_dir = "{folder}/state"',
         f'runtime_dir = "{folder}"',
         f'qemu_img = "{qemu_img}"',
+        *settings,
     ]
     for name, vm in vms.items():
         lines += [f"[vm.{name}]", f'qmp = "{vm.qmp}"']
@@ -126,7 +134,8 @@ async def open_daemon(
         await ready.bind(str(notify))
         async with trio.open_nursery() as nursery:
             environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
-            start = partial(trio.run_process, argv, stderr=log, env=environment, check=False)
+            options = {"stderr": log, "env": environment, "umask": umask, "check": False}
+            start = partial(trio.run_process, argv, **options)
             process: trio.Process = await nursery.start(start)
             with trio.fail_after(READY_LIMIT_S):
                 assert await ready.recv(100) == b"READY=1"

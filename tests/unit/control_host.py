@@ -233,19 +233,15 @@ class FakeHost:
         return self._start(name, JobKind.CREATE, request, result)
 
     async def revert(self, name: str, request: RevertRequest) -> FakeJob:
-        if request.name not in self.manifests:
-            raise UnknownSnapshot(f"VM {name} has no snapshot {request.name!r}")
-        return self._start(name, JobKind.REVERT, request, self.manifests[request.name])
+        return self._start(name, JobKind.REVERT, request, self.snapshot(name, request.name))
 
     async def delete(self, name: str, request: DeleteRequest) -> FakeJob:
-        if request.name not in self.manifests:
-            raise UnknownSnapshot(f"VM {name} has no snapshot {request.name!r}")
-        return self._start(name, JobKind.DELETE, request, self.manifests[request.name])
+        return self._start(name, JobKind.DELETE, request, self.snapshot(name, request.name))
 
     async def clone(self, name: str, request: CloneRequest) -> FakeJob:
         if request.clone == "vm2":
             raise VmExists("there is a VM 'vm2' already")
-        return self._start(name, JobKind.CLONE, request, self.manifests[request.name])
+        return self._start(name, JobKind.CLONE, request, self.snapshot(name, request.name))
 
     async def undefine(self, name: str, *, remove_storage: bool) -> tuple[str, ...]:
         if name != "vm2":
@@ -257,7 +253,7 @@ class FakeHost:
         return self._start(name, JobKind.START, request, self.manifests["s1"])
 
     async def launch(self, name: str, request: RevertRequest) -> LaunchInfo:
-        process = self.manifests[request.name].machine.process
+        process = self.snapshot(name, request.name).machine.process
         return LaunchInfo(
             vm=name,
             snapshot=request.name,
@@ -286,7 +282,7 @@ class FakeHost:
             os.write(descriptor, b"stream")
         await self.go_on.wait()
         memory = ExportedFile(size_bytes=GIB, data_bytes=4096, sha256="0" * 64)
-        origin = self.manifests[request.name].model_copy(update={"disks": ()})
+        origin = self.snapshot(name, request.name).model_copy(update={"disks": ()})
         return Export(exported_at=NOW, snapshot=origin, memory=memory, disks=())
 
     async def take_in(
@@ -336,8 +332,7 @@ class FakeHost:
 
     async def verify(self, name: str, snapshot: str, *, deep: bool = False) -> Verification:
         self.vm(name)
-        if snapshot not in self.manifests:
-            raise UnknownSnapshot(f"VM {name} has no snapshot {snapshot!r}")
+        self.snapshot(name, snapshot)
         self.verifying.set()
         if self.verdict is None:
             try:
@@ -356,6 +351,12 @@ class FakeHost:
         self.vm(name)
         return tuple(self.manifests.values()) if name == "vm1" else ()
 
+    def snapshot(self, name: str, snapshot: str) -> Manifest:
+        self.vm(name)
+        if snapshot not in self.manifests:
+            raise UnknownSnapshot(f"VM {name} has no snapshot {snapshot!r}")
+        return self.manifests[snapshot]
+
     def users(self, name: str) -> dict[str, tuple[str, ...]]:
         return {"s1": ("web2",)}
 
@@ -364,7 +365,7 @@ class FakeHost:
 
     async def redefine(self, name: str, text: str, *, current: bool) -> str:
         self.vm(name)
-        brought = Manifest.model_validate_json(text)
+        brought = parse_manifest(text, "it")
         self.manifests[brought.name] = brought
         if current:
             self.current_name = brought.name
@@ -378,15 +379,11 @@ class FakeHost:
         self.vm(name)
         if new_name in self.manifests:
             raise SnapshotExists(f"VM {name} has a snapshot {new_name!r} already")
-        if snapshot not in self.manifests:
-            raise UnknownSnapshot(f"VM {name} has no snapshot {snapshot!r}")
-        update = {"name": new_name}
-        self.manifests[new_name] = self.manifests[snapshot].model_copy(update=update)
+        copied = self.snapshot(name, snapshot)
+        self.manifests[new_name] = copied.model_copy(update={"name": new_name})
 
     async def set_current(self, name: str, snapshot: str) -> None:
-        if snapshot not in self.manifests:
-            raise UnknownSnapshot(f"VM {name} has no snapshot {snapshot!r}")
-        self.current_name = snapshot
+        self.current_name = self.snapshot(name, snapshot).name
 
     @contextmanager
     def subscribe(self) -> Iterator[trio.MemoryReceiveChannel[Event]]:

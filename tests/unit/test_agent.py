@@ -16,8 +16,9 @@ from qsnapd.errors import (
     VmBusy,
 )
 from qsnapd.qmp import agent_commands
-from qsnapd.qmp.agent import LINE_LIMIT_BYTES, AgentSession, GuestAgent, in_words
+from qsnapd.qmp.agent import LINE_LIMIT_BYTES, AgentSession, GuestAgent
 from qsnapd.qmp.chardev import ChardevInfo
+from qsnapd.qmp.words import in_words
 from tests.unit.fake_agent import FREEZE, STATUS, SYNC, THAW, FakeAgent, open_agent
 
 FSINFO = "guest-get-fsinfo"

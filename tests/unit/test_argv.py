@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsnapd.vm.argv import Fields, NotUnderstood, Option, parse_options, words_of
+from tests.fuzz.bounds import bounded
 
 KEYS = st.from_regex(r"[a-z][a-z0-9-]{0,6}(\.[a-z][a-z0-9-]{0,6}){0,2}", fullmatch=True)
 NAMES = st.from_regex(r"[a-z][a-z-]{0,6}", fullmatch=True)
@@ -82,3 +83,34 @@ def test_options_are_written_word_for_word(words: list[str]) -> None:
 def test_json_that_cannot_be_read_is_refused_in_words(text: str) -> None:
     with pytest.raises(NotUnderstood, match=r"qsnapd cannot read this|says one thing twice"):
         Fields.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" + f'"{"." * 100_000}": 1' + "}",
+        "." * 100_000 + "=1",
+        "a." * 300 + "filename=/x,driver=file",
+        '{"a":' * 300 + "1" + "}" * 300,
+    ],
+    ids=["dots in JSON", "dots", "a long way down", "JSON"],
+)
+def test_what_is_nested_too_deep_is_refused_at_once(text: str) -> None:
+    with bounded(len(text)), pytest.raises(NotUnderstood, match="nested more than 255 deep"):
+        Fields.parse(text)
+
+
+def test_deep_chains_are_understood() -> None:
+    text = '{"driver": "qcow2", "backing": ' * 200 + '"n"' + "}" * 200
+    assert json.loads(str(Fields.parse(text))) == json.loads(text)
+
+
+def test_a_number_too_long_for_an_index_is_a_key() -> None:
+    text = json.dumps({"a": {"9" * 5000: 1}})
+    assert str(Fields.parse(text)) == text
+
+
+def test_one_thing_is_said_twice_whatever_lies_between() -> None:
+    with pytest.raises(NotUnderstood, match="says one thing twice"):
+        Fields.parse('{"a": 1, "a-b": 2, "a.b": 3}')
+    assert Fields.parse('{"a-b": 2, "a.b": 3, "ab": 1}') == {"a-b": 2, "a.b": 3, "ab": 1}

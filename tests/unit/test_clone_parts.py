@@ -3,16 +3,21 @@
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from qsnapd.control.view import placed
 from qsnapd.errors import Blocked, VmError
 from qsnapd.model.plan import ClonePlan, JournalEntry, Launch
+from qsnapd.model.registration import LastSeen, Registration, SeenDisk
 from qsnapd.snapshot import recovery
+from qsnapd.snapshot.restoring import clone_boot
 from qsnapd.snapshot.restoring.clone import give_pipe
 from qsnapd.snapshot.restoring.clone_plan import require_free
 from qsnapd.store.snapshots import VmStore
+from qsnapd.vm.launch import Parent
 from tests.unit.test_store import manifest
 
 
@@ -68,3 +73,20 @@ def test_a_circle_of_snapshots_is_cut_and_each_counted_once() -> None:
     circle = [manifest("a", "c"), manifest("b", "a"), manifest("c", "b"), manifest("d", "c")]
     found = {snapshot.name: snapshot.descendants for snapshot in placed(circle, "a", {})}
     assert found == {"a": 1, "b": 0, "c": 3, "d": 0}
+
+
+def test_a_clone_whose_images_were_never_found_is_not_started_on_others() -> None:
+    machine = manifest("s1").machine
+    seen = LastSeen(machine=machine, disks=(SeenDisk(target="vda", chain=()),))
+    registration = Registration(
+        name="two",
+        qmp="/q",
+        source="vm1",
+        snapshot="s1",
+        created_at=datetime.now(UTC),
+        overlays=(),
+        files=(),
+    )
+    seat: Any = SimpleNamespace(name="two", parent=Parent())
+    with pytest.raises(Blocked, match="disk vda: its images could not be found from here when VM"):
+        clone_boot._plan(seat, registration, seen)

@@ -95,6 +95,13 @@ def test_the_sample_unit_goes_with_its_configuration(tmp_path: Path) -> None:
         ("[vm.a]\nqmp = '/x'\nlauncher = 'unit'\nunit = '--now'", "vm.a.unit: String should"),
         ("[vm.a]\nqmp = '/x'\nproperties = ['A=b']", "properties are given, but launcher is"),
         ("[vm.a]\nqmp = '/x'\nlauncher = 'by-hand'", "vm.a.launcher: Input should be 'spawn'"),
+        ("[vm.a]\nqmp = \"/x\\u0000\"", "vm.a.qmp: '/x\\x00' holds a character that ends"),
+        ("[vm.a]\nqmp = '/x'\nhook = [\"a\\u0000\"]", "vm.a.hook.0: 'a\\x00' holds a character"),
+        ("[daemon]\nreader_group = \"\\u0000\"", "daemon.reader_group: '\\x00' holds a character"),
+        (f"[vm.a]\nqmp = '/{'x' * 110}'", "4 bytes longer than a socket's path may be"),
+        (f"[daemon]\nruntime_dir = '/{'x' * 110}'", "bytes longer than a socket's path may be"),
+        ("a = " + "[" * 20_000, "its values are nested too deep"),
+        ("a = " + "9" * 5_000, "is not valid TOML"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:

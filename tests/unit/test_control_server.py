@@ -1,8 +1,11 @@
 """The server on a real unix socket: what it answers, and whom it does not let hurt others."""
 
 import errno
+import itertools
 import json
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsnapd.control import server as server_module
-from qsnapd.control.authorization import Access, Role
+from qsnapd.control.authorization import Access, Peer, Role
 from qsnapd.control.methods import METHODS
-from qsnapd.control.wire import MAX_REQUEST_BYTES, PeerGone, Wire
+from qsnapd.control.wire import MAX_REQUEST_BYTES, MAX_SMALL_REQUEST_BYTES, PeerGone, Wire
 from qsnapd.errors import ControlError, QsnapError, StoreFull
 from qsnapd.model.job import Phase
 from qsnapd.model.request import CreateRequest
 from qsnapd.model.snapshot import Manifest
-from tests.unit.control_host import GIB, Served
+from tests.fuzz.bounds import bounded
+from tests.unit.control_host import GIB, FakeHost, Served
 
 JSON = st.dictionaries(
     st.sampled_from(["vm", "request", "id", "name", "kinds"]),
@@ -255,7 +259,8 @@ async def test_nonsense_gets_an_error_and_a_closed_connection(
 def test_no_parameters_are_a_bug(method: str, parameters: dict[str, object]) -> None:
     frame = json.dumps({"method": f"io.qsnapd.{method}", "parameters": parameters, "more": True})
     with suppress(QsnapError, server_module._ServiceError):
-        assert server_module._parse(server_module._Call.parse(frame.encode())) is not None
+        call = server_module._Call.parse(frame.encode())
+        assert server_module._parse(call, server_module._method_of(call)) is not None
 
 
 async def test_a_client_that_leaves_in_the_middle_hurts_nobody(tmp_path: Path) -> None:
@@ -359,3 +364,88 @@ async def test_a_reader_looks_and_touches_nothing(
     assert reply["parameters"]["message"] == (
         "Suspend is for members of the operator group, and root"
     )
+
+
+# --- one client cannot hurt another ------------------------------------------------------------
+
+
+def as_user(monkeypatch: pytest.MonkeyPatch, uids: Iterator[int]) -> None:
+    """Let each connection be of the next user; 0 is root."""
+    monkeypatch.setattr(Peer, "of", lambda _: Peer(pid=1, uid=next(uids), groups=frozenset()))
+    monkeypatch.setattr(
+        Access, "role", lambda self, peer: Role.READER if peer.uid else Role.ADMIN
+    )
+
+
+async def test_root_gets_in_when_others_have_taken_all_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 20)
+    as_user(monkeypatch, iter([*range(1, 22), 0]))
+    async with Served.at(tmp_path) as served, AsyncExitStack() as stack:
+        for _ in range(20):
+            stream = await stack.enter_async_context(await served.connect())
+            assert "parameters" in await ask(stream, "ListVms")
+        refused = await stack.enter_async_context(await served.connect())
+        assert "20 connections already" in str(await receive(refused))
+        root = await stack.enter_async_context(await served.connect())
+        assert "error" not in await ask(root, "ListVms")
+
+
+async def test_who_cannot_ask_for_it_has_nothing_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_user(monkeypatch, itertools.repeat(1))
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        reply = await ask(stream, "CreateSnapshot", vm=5, request={"nonsense": 1})
+    assert reply["error"] == "io.qsnapd.AccessDenied"
+
+
+async def test_only_root_sends_long_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_user(monkeypatch, iter([0, 1]))
+    long = "x" * (MAX_SMALL_REQUEST_BYTES + 1)
+    async with Served.at(tmp_path) as served:
+        async with await served.connect() as root:
+            assert "UnknownVm" in str(await ask(root, "GetVm", vm="x" * 100))
+            assert "BadRequest" in str(await ask(root, "GetVm", vm=long))
+        async with await served.connect() as other:
+            assert "longer than 65536 bytes" in str(await ask(other, "GetVm", vm=long))
+
+
+@pytest.mark.parametrize("item", [1, {}, [], "x"], ids=str)
+async def test_a_request_that_is_wrong_at_every_place(tmp_path: Path, item: object) -> None:
+    """To list what is wrong with it took seconds, and most of a GiB."""
+    wrong = [item] * (MAX_REQUEST_BYTES // 8)
+    async with Served.at(tmp_path) as served, await served.connect() as stream:
+        with bounded(MAX_REQUEST_BYTES // 8):
+            reply = await ask(stream, "CreateSnapshot", vm="vm1", request={"disks": wrong})
+        assert reply["parameters"]["message"] == "a request must not hold more than 4096 values"
+        fewer = {"disks": wrong[:4000]}
+        assert "error" in await ask(stream, "CreateSnapshot", vm="vm1", request=fewer)
+        assert "error" not in await ask(stream, "ListVms")
+
+
+async def test_many_requests_of_one_user_begin_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two of them there is room for somebody else's."""
+    as_user(monkeypatch, iter([*[1] * 30, 2]))
+    begun: list[str] = []
+
+    def note(self: FakeHost, word: str) -> str:
+        begun.append(word)
+        return word
+
+    async with Served.at(tmp_path) as served, AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(await served.connect()) for _ in range(31)]
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(FakeHost, "name_of", note)
+        for number, stream in enumerate(streams):  # all of them before the server has its turn
+            call = b'{"method": "io.qsnapd.GetVm", "parameters": {"vm": "vm%d"}}\0'
+            os.write(stream.socket.fileno(), call % (2 if number == 30 else 1))
+        for stream in streams:
+            await receive(stream)
+    assert begun.count("vm1") == 30
+    assert begun.index("vm2") < 5

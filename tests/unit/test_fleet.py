@@ -100,6 +100,25 @@ def test_no_trace_is_left_of_a_forgotten_vm(tmp_path: Path) -> None:
         assert store.vm("two").directory.exists(), "a new one may come"
 
 
+def test_what_is_of_somebody_else_keeps_a_vm_from_being_forgotten(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        directory = store.vm("two").directory
+        (directory / ".made.json").touch()
+        (directory / "mine").touch()
+        with pytest.raises(StoreError, match=r"has not put there \(mine\): move that away"):
+            store.forget("two")
+        assert sorted(os.listdir(directory)) == [".made.json", "mine"]
+
+
+def test_a_draft_is_no_trace(tmp_path: Path) -> None:
+    """Of a journal that was never written to its end, when the host lost power."""
+    with Store(tmp_path) as store:
+        (store.vm("two").directory / ".restoring.new").touch()
+        assert not store.is_used("two")
+        store.forget("two")
+        assert not store.vm("two").path("x").parent.joinpath(".restoring.new").exists()
+
+
 def test_folders_that_no_vm_can_have_are_none(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         for name in ("two", "-odd", "a ", ".hidden", "long" * 50):

@@ -16,6 +16,7 @@ from qsnapd.model.registration import LastSeen, Registration, SeenDisk
 from qsnapd.model.snapshot import FileIdentity
 from qsnapd.snapshot.checking.facts import Around, look_around
 from qsnapd.snapshot.checking.live import Handed
+from qsnapd.snapshot.moving import export, imported
 from qsnapd.store.layout import Store
 from qsnapd.store.registry import note_last_seen, register
 from tests.real.damage import marked_corrupt, over, resized
@@ -341,6 +342,26 @@ def test_repair_spares_what_this_daemon_may_have_begun(world: World) -> None:
     assert not is_clean(findings)
     assert world.store.partials() == ("begun",)
     assert world.image(f"base.after-x.qcow2.{TOKEN}.partial").exists()
+
+
+def test_repair_spares_what_somebody_else_has_put_there(world: World) -> None:
+    store = world.store
+    mine = [
+        store.stage("begun") / "mine",
+        store.directory / ".mine.view",
+        store.directory / ".export-mine" / "mine",
+        store.directory / "mine",
+        store.path("s1") / "mine",
+        world.image("base.after-x.qcow2.mine.partial"),
+    ]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert "partial-abandoned" in codes(world.repaired())
+    imported.remove_leftovers(store, 1e12)
+    export.remove_leftovers(store, 1e12)
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+    assert "partial-abandoned" in codes(world.repaired())
 
 
 @pytest.mark.parametrize("whose", ["its own", "another VM's"])

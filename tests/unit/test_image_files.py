@@ -131,18 +131,81 @@ def test_identity_by_path_and_by_descriptor(tmp_path: Path) -> None:
 def test_only_ours_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     ours = files.identity(files.create_exclusive(path))
-    assert not files.remove_if_ours(path, ours.device, ours.inode + 1)
+    assert not files.remove_if_ours(path, ours.inode + 1)
     assert path.exists()
-    assert files.remove_if_ours(path, ours.device, ours.inode)
+    assert files.remove_if_ours(path, ours.inode)
     assert not path.exists()
-    assert not files.remove_if_ours(path, ours.device, ours.inode)
-    assert not files.remove_if_ours(path / "below", 1, 1)
+    assert not files.remove_if_ours(path, ours.inode)
+    assert not files.remove_if_ours(path / "below", 1)
+
+
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_an_umask_takes_and_gives_nothing(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        files.make_directory(tmp_path / "a" / "b")
+        os.close(files.create_exclusive(tmp_path / "a" / "b" / "file"))
+        files.replace_file(tmp_path / "a" / "b" / "record", "")
+    finally:
+        os.umask(before)
+    modes = {str(p.relative_to(tmp_path)): p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")}
+    assert modes == {"a": 0o700, "a/b": 0o700, "a/b/file": 0o600, "a/b/record": 0o600}
+
+
+def test_a_directory_that_cannot_be_synced_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next attempt would find it, and take it for lasting."""
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", _fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            files.make_directory(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    files.make_directory(tmp_path / "a")
+
+
+def _fail(_fd: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_record_whose_folder_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first one is not there; of a later one nobody knows."""
+    path = tmp_path / "record"
+    real = os.fsync
+
+    def fail_at_folders(fd: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            _fail(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fail_at_folders)
+    with pytest.raises(OSError, match="Input/output error") as first:
+        files.replace_file(path, "one")
+    assert not isinstance(first.value, files.NotLasting)
+    assert not path.exists()
+    path.write_text("one")
+    with pytest.raises(files.NotLasting):
+        files.replace_file(path, "two")
+    assert path.read_text() == "two"
+
+
+def test_a_draft_is_never_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be written of it may seem to be written the next time."""
+    with monkeypatch.context() as failing:
+        failing.setattr(os, "fsync", _fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            files.replace_file(tmp_path / "record", "one")
+    with (tmp_path / "record.new").open() as failed:
+        files.replace_file(tmp_path / "record", "two")
+        assert os.fstat(failed.fileno()).st_ino != (tmp_path / "record").stat().st_ino
 
 
 def test_a_link_to_ours_is_not_ours(tmp_path: Path) -> None:
     ours = files.identity(files.create_exclusive(tmp_path / "file"))
     (tmp_path / "link").symlink_to("file")
-    assert not files.remove_if_ours(tmp_path / "link", ours.device, ours.inode)
+    assert not files.remove_if_ours(tmp_path / "link", ours.inode)
     assert (tmp_path / "link").is_symlink()
 
 

@@ -43,6 +43,7 @@ from qsnapd.snapshot.moving import imported
 from qsnapd.snapshot.moving.imported import import_snapshot, remove_leftovers
 from qsnapd.snapshot.moving.sources import Stream
 from qsnapd.store.layout import Store
+from qsnapd.store.made import by_path
 from qsnapd.store.snapshots import VmStore
 from tests.parts import qemu_versions
 from tests.unit.crafted_images import PAGE, RAM, WHOLE, stream
@@ -228,11 +229,11 @@ async def test_folder_is_not_given_away_by_another_name(
     before = victim.stat()
     write_record = imported._write_record
 
-    def swap(staging: Path, disks_fd: int) -> None:
-        write_record(staging, disks_fd)
-        [disks] = place.iterdir()
-        disks.rename(place / "aside")
-        disks.symlink_to(victim)
+    def swap(staging: Path, disks: FileIdentity) -> None:
+        write_record(staging, disks)
+        for path in place.iterdir():
+            path.rename(place / "aside")
+            path.symlink_to(victim)
 
     monkeypatch.setattr(imported, "_write_record", swap)
     await from_folder(store, folder, disk_directory=str(place), name="x")
@@ -244,18 +245,37 @@ async def test_folder_is_not_given_away_by_another_name(
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), StoreError("cannot sync: no space")]
 )
+@pytest.mark.parametrize("is_made", [False, True])
 async def test_record_that_cannot_be_written(
-    store: VmStore, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    store: VmStore,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    is_made: bool,
 ) -> None:
-    def fail(fd: int) -> None:
-        raise error
+    """Before the folder for the disks is made, and when its inode is to be noted."""
+    write_record = imported._write_record
+
+    def fail(staging: Path, disks: FileIdentity) -> None:
+        if (disks.inode != 0) is is_made:
+            raise error
+        write_record(staging, disks)
 
     with monkeypatch.context() as patched:
-        patched.setattr(imported, "sync_file", fail)
+        patched.setattr(imported, "_write_record", fail)
         with pytest.raises(QsnapError, match=r"[Nn]o space"):
             await from_folder(store, folder)
     assert left_in(store) == set()
     await from_folder(store, folder)
+
+
+def test_folder_that_its_record_does_not_know_yet(store: VmStore) -> None:
+    """The host lost power right after it was made."""
+    place = imported._stage(store, "s", None)
+    os.close(place.disks_fd)
+    imported._write_record(place.staging, by_path(str(place.disks)))
+    remove_leftovers(store, 1e12)
+    assert left_in(store) == set()
 
 
 async def test_parent_is_kept_where_it_exists(store: VmStore, folder: Path) -> None:

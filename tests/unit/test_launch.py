@@ -1,6 +1,7 @@
 """The command line that starts a VM again."""
 
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -276,3 +277,11 @@ def test_a_program_that_is_gone_is_refused() -> None:
 def test_the_command_line_is_quoted_for_people() -> None:
     launch = plan(["-name", "my vm"])
     assert launch.command_line == f"{QEMU} -name 'my vm' -machine type={TYPE} {END}"
+
+
+def test_many_images_take_time_in_proportion() -> None:
+    words = ["-drive", "file=other.raw"] * 5_000
+    began_s = time.process_time()
+    with pytest.raises(Blocked, match="names none of its images"):
+        plan(words, A)
+    assert time.process_time() - began_s < 10  # it was minutes

@@ -107,3 +107,9 @@ def test_which_disks_are_meant(image: Path) -> None:
     assert is_left_out_of(disk("vdb"), manifest)
     assert not is_left_out_of(disk("vda"), manifest)
     assert not is_left_out_of(disk("vdb", left_out="read-only"), manifest)
+
+
+def test_an_image_of_which_nothing_was_recorded(image: Path) -> None:
+    found = compare(taken(layer(image, chain=())))
+    assert forced(found)
+    assert "is another file than it was on then" in str(found)

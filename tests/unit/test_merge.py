@@ -1,7 +1,9 @@
 """Merging an overlay whose QEMU is gone, on real qcow2 files: nothing newer is ever lost."""
 
+import errno
 import os
 import subprocess
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import trio
 
 from qsnapd.errors import StoreError
 from qsnapd.model.plan import OverlayPlan, PivotPlan
-from qsnapd.snapshot.merge import merge_offline
+from qsnapd.snapshot.merge import holds_data, merge_offline, require_unwritten
 from tests.parts import find_qemu
 from tests.real.test_reuse import loop_device
 
@@ -58,7 +60,10 @@ def holds(image: Path | str, pattern: int) -> bool:
 
 
 def merge(pivot: PivotPlan, ours: frozenset[int], qemu_img: str = IMG) -> None:
-    trio.run(partial(merge_offline, pivot, ours, qemu_img=qemu_img))
+    """Do what is done at first, when nothing has been merged yet."""
+    if trio.run(partial(holds_data, pivot, ours, qemu_img=qemu_img)):
+        require_unwritten(pivot, ours)
+        trio.run(partial(merge_offline, pivot, ours, qemu_img=qemu_img))
 
 
 def inodes(pivot: PivotPlan) -> frozenset[int]:
@@ -85,6 +90,36 @@ def test_a_base_written_to_since_is_never_overwritten(pivot: PivotPlan) -> None:
     with pytest.raises(StoreError, match="started from it again"):
         merge(pivot, inodes(pivot))
     assert holds(pivot.overlay.backing, 3)
+    assert holds(pivot.overlay.path, 2)
+
+
+def test_a_merge_that_was_cut_off_is_done_again(pivot: PivotPlan) -> None:
+    """The image below is the newer one then, and it is known that it was us."""
+    write(pivot.overlay.path, 2)
+    merge(pivot, inodes(pivot))
+    write(pivot.overlay.backing, 7)
+    trio.run(partial(merge_offline, pivot, inodes(pivot), qemu_img=IMG))
+    assert holds(pivot.overlay.backing, 2)
+
+
+def test_a_merge_that_does_not_get_to_the_disk_has_failed(
+    pivot: PivotPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it fails again, although the kernel then says that all is well."""
+    write(pivot.overlay.path, 2)
+    synced: list[str] = []
+
+    def fail_once(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        if len(synced) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(StoreError, match=r"cannot write .*web\.qcow2 to stable storage"):
+        merge(pivot, inodes(pivot))
+    assert synced == [pivot.overlay.backing]
+    with pytest.raises(StoreError, match="could not be written to stable storage before"):
+        trio.run(partial(merge_offline, pivot, inodes(pivot), qemu_img=IMG))
     assert holds(pivot.overlay.path, 2)
 
 
@@ -124,8 +159,9 @@ def test_qemu_img_runs_as_the_images_owner(pivot: PivotPlan, tmp_path: Path) -> 
     seen.touch()
     seen.chmod(0o666)
     spy.write_text(f'#!/bin/sh\nid -u >> {seen}\nexec {IMG} "$@"\n')
-    for folder in (spy, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    ours = [path for path in tmp_path.parents if path.is_relative_to(tempfile.gettempdir())]
+    for place in (spy, tmp_path, *ours[:-1]):
+        place.chmod(0o755)
     merge(pivot, inodes(pivot), qemu_img=str(spy))
     assert set(seen.read_text().split()) == {str(owner)}
     assert holds(pivot.overlay.backing, 2)

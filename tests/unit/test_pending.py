@@ -1,5 +1,6 @@
 """What the daemon leaves for a VM's own service: taken once, believed only from the right user."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,14 @@ def test_newest_disks(pending: Pending) -> None:
     pending.note(disks, uid=ME, gid=os.getegid())
     assert pending.newest_disks() == tuple(disks)
     assert (pending.folder.path / "disks.json").stat().st_ino == written
+
+
+def test_a_disk_without_an_image_is_not_understood(pending: Pending) -> None:
+    image = FileIdentity(path="/img", device=1, inode=2)
+    pending.note([NewestDisk(target="vda", chain=(image,))], uid=ME, gid=os.getegid())
+    noted = pending.folder.path / "disks.json"
+    text = json.loads(noted.read_text())
+    text["disks"][0]["chain"] = []
+    noted.write_text(json.dumps(text))
+    with pytest.raises(StoreError, match="is not understood"):
+        pending.newest_disks()

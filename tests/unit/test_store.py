@@ -19,6 +19,7 @@ from qsnapd.errors import (
     UnknownSnapshot,
 )
 from qsnapd.image import files
+from qsnapd.model.parsing import parse_manifest
 from qsnapd.model.snapshot import (
     DiskLayer,
     FileIdentity,
@@ -29,6 +30,7 @@ from qsnapd.model.snapshot import (
     Process,
     Strategy,
 )
+from qsnapd.snapshot.moving.imported import remove_leftovers
 from qsnapd.store import tree
 from qsnapd.store.layout import Store
 from qsnapd.store.snapshots import VmStore
@@ -339,3 +341,46 @@ def test_what_older_versions_have_written_is_read(vm: VmStore, older: int) -> No
     found = vm.manifest("old")
     assert (found.format, found.consistency, found.left_out) == (older, None, ())
     assert not found.deleting
+
+
+# --- damaged -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [b"\0\0\0\0", b"../s1", b"s1\n", b"\xff", b"x" * 300, b"a/b"])
+def test_a_current_snapshot_that_can_be_none_is_none(vm: VmStore, text: bytes) -> None:
+    """As a power failure may leave it."""
+    take(vm, "s1")
+    (vm.directory / ".current").write_bytes(text)
+    assert vm.current() is None
+
+
+@pytest.mark.parametrize("name", [". .partial", "..partial", ".a\n.partial", ".-x.partial"])
+def test_what_looks_like_a_snapshot_that_was_begun_is_left_alone(vm: VmStore, name: str) -> None:
+    (vm.directory / name).mkdir()
+    assert vm.partials() == ()
+    remove_leftovers(vm, float("inf"))
+    assert (vm.directory / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("created_at", "0001-01-01T00:00:00+14:00", "created_at"),
+        ("created_at", "9999-12-31T23:59:59-14:00", "created_at"),
+        ("machine.type", "pc\0", "machine.type"),
+        ("machine.process.argv", ["qemu", "x" * (128 << 10)], r"machine.process.argv.1"),
+        ("memory.size_bytes", 1 << 64, "memory.size_bytes"),
+        ("total_ms", 1e400, "total_ms"),
+    ],
+)
+def test_a_manifest_that_nobody_could_use_is_refused(
+    field: str, value: object, complaint: str
+) -> None:
+    whole = json.loads(manifest("s1").model_dump_json())
+    *above, last = field.split(".")
+    place = whole
+    for key in above:
+        place = place[key]
+    place[last] = value
+    with pytest.raises(ManifestInvalid, match=complaint):
+        parse_manifest(json.dumps(whole), "it")

@@ -211,3 +211,10 @@ def test_the_schema_of_libvirt() -> None:
 
 def test_no_schema_is_no_error() -> None:
     assert not validate(wrapped(""), libvirt_schema().with_name("missing.rng"))
+
+
+def test_many_disks_take_time_in_proportion() -> None:
+    disks = "".join(f"<disk name='d{number}'/>" for number in range(60_000))
+    began_s = time.process_time()
+    assert len(read_request(wrapped(f"<disks>{disks}</disks>")).disks) == 60_000
+    assert time.process_time() - began_s < 10  # it was minutes

@@ -25,6 +25,7 @@ from qsnapd.store.deletions import DELETION_NAME
 from qsnapd.store.leases import Lease
 from qsnapd.store.made import MADE_NAME
 from qsnapd.store.manifests import MANIFEST_NAME, read_manifest
+from qsnapd.store.own_files import is_view
 from qsnapd.store.registry import read_last_seen, read_registration
 from qsnapd.store.renaming import RENAMING_NAME
 from qsnapd.store.snapshots import VmStore
@@ -311,11 +312,6 @@ def abandoned_views(facts: Facts) -> tuple[str, ...]:
     tokens = named_tokens(facts)
     views = (name for name in sorted(facts.entries) if is_view(name))
     return tuple(name for name in views if name[1 : -len(VIEW_SUFFIX)] not in tokens)
-
-
-def is_view(name: str) -> bool:
-    """Whether a file of the store is such a part."""
-    return name.startswith(".") and name.endswith(VIEW_SUFFIX)
 
 
 def abandoned_files(facts: Facts) -> tuple[Leftover, ...]:

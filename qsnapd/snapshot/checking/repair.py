@@ -67,7 +67,7 @@ def _steps(store: VmStore, facts: Facts, before_s: float) -> Iterator[Step]:
         yield "view-abandoned", str(view), partial(view.unlink, missing_ok=True)
     for leftover in abandoned_files(facts):
         if leftover.is_old:
-            step = partial(remove_if_ours, Path(leftover.path), *leftover.key)
+            step = partial(remove_if_ours, Path(leftover.path), leftover.key[1])
             yield "file-abandoned", leftover.path, step
 
 
@@ -78,4 +78,5 @@ def _forget_current(store: VmStore, name: str) -> None:
 
 def _unstage(store: VmStore, name: str, before_s: float) -> None:
     imported.remove_leftovers(store, before_s)  # also what an import has put elsewhere
-    store.unstage(name)
+    if not store.unstage(name):
+        raise StoreError(f"{store.partial_path(name)} holds what qsnapd has not put there")

@@ -5,46 +5,23 @@ from collections.abc import Iterator
 
 from qsnapd.model.findings import Finding, Severity
 from qsnapd.model.plan import Restore
-from qsnapd.snapshot.checking.facts import Facts, abandoned_partials, abandoned_views, is_view
-from qsnapd.snapshot.moving.export import STAGING_PREFIX
-from qsnapd.snapshot.moving.imported import DISKS_NAME, RECORD_NAME
-from qsnapd.snapshot.moving.scan import FORGOTTEN_NAME
-from qsnapd.snapshot.restoring.start import LOG_NAME
-from qsnapd.store.deletions import DELETION_NAME
+from qsnapd.snapshot.checking.facts import Facts, abandoned_partials, abandoned_views
+from qsnapd.snapshot.moving.imported import DISKS_NAME
 from qsnapd.store.leases import LEASES_NAME
-from qsnapd.store.made import MADE_NAME
-from qsnapd.store.manifests import MANIFEST_NAME
 from qsnapd.store.owed_thaw import OWED_THAW_NAME
-from qsnapd.store.registry import LAST_SEEN_NAME, REGISTRATION_NAME
+from qsnapd.store.own_files import (
+    is_draft,
+    is_of_a_snapshot,
+    is_of_a_vm,
+    is_staged_export,
+)
 from qsnapd.store.renaming import RENAMING_NAME
 from qsnapd.store.tree import parents
 
 ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
-OWN_NAMES = frozenset(
-    {
-        ".journal.json",
-        ".restoring.json",
-        ".next-start.json",
-        RENAMING_NAME,
-        DELETION_NAME,
-        MADE_NAME,
-        OWED_THAW_NAME,
-        ".current",
-        LEASES_NAME,
-        ".state.json",
-        REGISTRATION_NAME,
-        LAST_SEEN_NAME,
-        LOG_NAME,
-        DISKS_NAME,
-        FORGOTTEN_NAME,
-    }
-)
-"""What may lie in a VM's folder beside its snapshots."""
-_OF_A_SNAPSHOT = frozenset({MANIFEST_NAME, "memory.img", RECORD_NAME})
 DAMAGED_SUFFIX = ".damaged"
 """Of a manifest that was of no use, when another has taken its place."""
-_DRAFT = ".new"
 _REMOVED = re.compile(r"\..+\.removed(\.\d+)?")
 """Folders of snapshots that are gone, with what was not qsnapd's in them."""
 _PARTIAL = ".partial"
@@ -228,9 +205,9 @@ def _judge_records(facts: Facts) -> Iterator[Finding]:
 
 def _judge_strangers(facts: Facts) -> Iterator[Finding]:
     begun = {f".{partial.name}{_PARTIAL}" for partial in facts.partials}
-    for name in sorted(facts.entries - OWN_NAMES - facts.inside.keys() - begun):
+    for name in sorted(facts.entries - facts.inside.keys() - begun):
         # What an export has left, the next daemon removes.
-        if name.endswith(_DRAFT) or is_view(name) or name.startswith(STAGING_PREFIX):
+        if is_of_a_vm(name) or is_draft(name) or is_staged_export(name):
             continue
         what = "is nothing that qsnapd knows"
         if _REMOVED.fullmatch(name):
@@ -241,8 +218,8 @@ def _judge_strangers(facts: Facts) -> Iterator[Finding]:
     for name, inside in facts.inside.items():
         if name not in facts.manifests:
             continue
-        for other in sorted(inside - _OF_A_SNAPSHOT):
-            if not other.endswith(_DRAFT):
+        for other in sorted(inside):
+            if not is_of_a_snapshot(other) and not is_draft(other):
                 path = f"{facts.directory}/{name}/{other}"
                 yield _stranger(path, "is nothing that qsnapd knows")
     kept = (*facts.manifests.values(), *facts.forgotten)

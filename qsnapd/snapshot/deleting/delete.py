@@ -30,7 +30,7 @@ from qsnapd.snapshot.deleting.finish import (
 )
 from qsnapd.snapshot.deleting.graph_reading import read_graph
 from qsnapd.snapshot.deleting.live import LiveMerges, let_go_of
-from qsnapd.snapshot.deleting.offline import below_of, lies_over, merge_images, put_onto
+from qsnapd.snapshot.deleting.offline import below_of, lies_over, merge_images, put_onto, sync
 from qsnapd.snapshot.deleting.plan import Scene, affected, plan_deletion
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.restoring.revert_plan import require_no_qemu
@@ -344,7 +344,7 @@ class Deletion:
         ]
 
     async def _name_below(self, plan: DeletePlan, disks: Sequence[LiveDisk]) -> None:
-        """Rewrite the headers of images that no QEMU has done it for."""
+        """Have all images lie over the right ones by their headers, on stable storage."""
         in_use = {layer.key for disk in disks for layer in disk.layers}
         for merge in plan.merges:
             images = merge.above if merge.kind == "commit" else (merge.upper,)
@@ -353,10 +353,11 @@ class Deletion:
             for image in images:
                 if not await in_thread(is_still, image.file):
                     continue
-                if key_of(image.path) in in_use:
-                    continue
-                if await in_thread(lies_over, image, gone):
+                is_used = key_of(image.path) in in_use
+                if not is_used and await in_thread(lies_over, image, gone):
                     await put_onto(image, below, qemu_img=self._qemu_img)
+                else:  # a QEMU has rewritten it, which it does not sync
+                    await sync(image)
 
 
 def _settle_streams(store: VmStore, plan: DeletePlan) -> None:

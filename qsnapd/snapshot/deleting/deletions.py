@@ -2,13 +2,14 @@
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 
-from qsnapd.errors import Effect, JobCancelled, QsnapError
+from qsnapd.errors import Effect, JobCancelled, QsnapError, StoreError
 from qsnapd.model.request import DeleteRequest, Descendants
 from qsnapd.model.snapshot import Manifest
 from qsnapd.snapshot.deleting.checks import refuse_cloned, require_nothing_unfinished
 from qsnapd.snapshot.deleting.delete import Deletion, Others
-from qsnapd.snapshot.deleting.finish import adopt_children
+from qsnapd.snapshot.deleting.finish import adopt_children, give_back_children
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.restoring.start import Seat
 from qsnapd.store.snapshots import VmStore
@@ -75,12 +76,18 @@ class Deletions:
     def _forget(self, store: VmStore, name: str) -> None:
         """Delete the record alone; its files stay, and it can be taken in again."""
         store.leases.require_unread(name)
-        manifest = store.manifest(name)
-        is_current = store.current() == name
-        adopt_children(store, name, manifest.parent)
-        if is_current:
-            store.set_current(manifest.parent)
-        kept = store.forget(name, secrets.token_hex(4))
+        before, current = store.snapshots(), store.current()
+        parent = store.manifest(name).parent
+        try:
+            adopt_children(store, name, parent)
+            if current == name:
+                store.set_current(parent)
+            kept = store.forget(name, secrets.token_hex(4))
+        except StoreError:
+            with suppress(StoreError):
+                give_back_children(store, name, before)
+                store.set_current(current)
+            raise
         store.leases.forget(name)
         self._job.notes += (f"what was in the folder of snapshot {name} is in {kept} now",)
 

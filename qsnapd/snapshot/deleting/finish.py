@@ -8,19 +8,19 @@ import fcntl
 import logging
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 from qsnapd.errors import StoreError, UnknownSnapshot
 from qsnapd.faults import Point, reach_in_thread
-from qsnapd.image.files import remove_if_ours, replace_file, sync_directory
+from qsnapd.image.files import remove_if_ours, sync_removals
 from qsnapd.model.deletion import DeletePlan, Image, Merge
 from qsnapd.model.registration import LastSeen
 from qsnapd.model.snapshot import MANIFEST_FORMAT, DiskLayer, FileIdentity, Manifest
 from qsnapd.store.made import by_path
-from qsnapd.store.manifests import MANIFEST_NAME, read_manifest
+from qsnapd.store.manifests import MANIFEST_NAME, read_manifest, replace_manifest
 from qsnapd.store.registry import note_last_seen, read_last_seen
 from qsnapd.store.snapshots import VmStore
 
@@ -50,7 +50,7 @@ def _settle_forgotten(store: VmStore, merge: Merge) -> None:
             changed = without(manifest, merge)
             if changed != manifest:
                 changed = changed.model_copy(update={"format": MANIFEST_FORMAT})
-                replace_file(path, changed.model_dump_json(indent=1) + "\n")
+                replace_manifest(path, changed)
         except (OSError, StoreError) as exc:
             _log.warning("%s is not kept up to date: %s", path, exc)
 
@@ -138,15 +138,15 @@ def remove_snapshot(
         if not is_vouched_for:
             _refuse_newer(store, plan, file)
             _refuse_open(file)
-        remove_if_ours(Path(file.path), file.device, file.inode)
+        remove_if_ours(Path(file.path), file.inode)
         if Path(file.path).exists():
             notes.append(f"{file.path} is left: it is another file than it was")
-    for folder in {Path(file.path).parent for file in doomed}:
+    folders = {Path(file.path).parent for file in doomed}
+    for folder in folders:
         with suppress(OSError):  # an import's folder; others are not empty
             if folder.parent == store.directory / ".disks":
                 folder.rmdir()
-        with suppress(OSError):
-            sync_directory(folder)
+    sync_removals((*folders, store.directory / ".disks"))
     store.made.forget_gone()
     reach_in_thread(Point.DELETE_FILES_REMOVED)
     store.deletion.clear()
@@ -199,3 +199,10 @@ def adopt_children(store: VmStore, name: str, parent: str | None) -> None:
         if manifest.parent == name:
             with suppress(UnknownSnapshot):
                 store.replace(manifest.model_copy(update={"parent": parent}))
+
+
+def give_back_children(store: VmStore, name: str, before: Mapping[str, Manifest]) -> None:
+    """Undo `adopt_children`; *before*: the snapshots as they were. Raises: StoreError."""
+    for manifest in before.values():
+        if manifest.parent == name and store.manifest(manifest.name) != manifest:
+            store.replace(manifest)

@@ -70,6 +70,18 @@ class LiveMerges:
             else:
                 await self._commit(name, merge, disk, depth)
 
+    async def start_back(self, number: int, overlay_node: str, node: str) -> None:
+        """Begin to merge an active layer into the one right below it, by their names.
+
+        Raises: CommandRefused.
+        """
+        name = f"{self._prefix}{number}"
+        await self._session.execute(
+            BlockCommit(job_id=name, device=overlay_node, base_node=node, auto_finalize=False)
+        )
+        self._started[name] = node
+        self._active.add(name)
+
     async def _commit(self, name: str, merge: Merge, disk: LiveDisk, depth: int) -> None:
         active = disk.layers[0].node
         lower = disk.layers[depth + 1].node
@@ -106,7 +118,7 @@ class LiveMerges:
                 f"{merge.destination.path}: {exc}. QEMU needs to be allowed to write to that one"
             ) from exc
 
-    async def come_to_rest(self, told: Told) -> None:
+    async def come_to_rest(self, told: Told = lambda number, part: None) -> None:
         """Wait until all that was started is pending, and what it has written is on disk.
 
         On failure or cancellation: `cancel` undoes it.

@@ -13,9 +13,10 @@ from typing import Any
 import trio
 
 from qsnapd.errors import Effect, ImageInvalid, StoreError
+from qsnapd.image.files import sync_image
 from qsnapd.image.qcow2 import read_header
 from qsnapd.model.deletion import Image, Merge
-from qsnapd.threads import in_thread
+from qsnapd.threads import SLOW, in_thread
 from qsnapd.vm.identity import is_still, key_of
 
 MERGE_LIMIT_S = 24 * 3600.0
@@ -36,7 +37,7 @@ async def merge_images(merge: Merge, *, qemu_img: str) -> None:
     what = f"{merge.source.path} cannot be merged into {merge.destination.path}"
     await in_thread(_require_pair, merge)
     await _run(qemu_img, words, merge.upper, what, MERGE_LIMIT_S)
-    await trio.to_thread.run_sync(_sync, merge.destination)
+    await sync(merge.destination)
 
 
 async def put_onto(image: Image, below: Image | None, *, qemu_img: str) -> None:
@@ -44,7 +45,7 @@ async def put_onto(image: Image, below: Image | None, *, qemu_img: str) -> None:
     words = ["rebase", "-q", "-u", "-f", "qcow2", *_onto(below), image.path]
     what = f"{image.path} cannot be put onto {below.path if below else 'nothing'}"
     await _run(qemu_img, words, image, what, HEADER_LIMIT_S)
-    await trio.to_thread.run_sync(_sync, image)
+    await sync(image)
 
 
 def lies_over(image: Image, below: Image) -> bool:
@@ -79,15 +80,20 @@ def _require_pair(merge: Merge) -> None:
         raise StoreError(f"{merge.upper.path} does not lie over {merge.lower.path} any more")
 
 
+async def sync(image: Image) -> None:
+    """Have the image on stable storage, whoever wrote to it. Raises: StoreError."""
+    await trio.to_thread.run_sync(_sync, image, limiter=SLOW)
+
+
 def _sync(image: Image) -> None:
     try:
         fd = os.open(image.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
     except OSError as exc:
-        raise StoreError(f"cannot write {image.path} to stable storage: {exc.strerror}") from exc
+        raise StoreError(f"cannot open {image.path}: {exc.strerror}") from exc
+    try:
+        sync_image(fd)
+    finally:
+        os.close(fd)
 
 
 async def _run(qemu_img: str, words: list[str], image: Image, what: str, limit_s: float) -> None:

@@ -13,16 +13,19 @@ from pathlib import Path
 import trio
 
 from qsnapd.errors import Effect, StoreError, TargetRefused
-from qsnapd.image.files import create_exclusive, sync_directory, sync_file
+from qsnapd.image.files import (
+    create_directory,
+    create_exclusive,
+    sync_directory,
+    sync_file,
+)
 from qsnapd.model.transfer import EXPORT_NAME, Export, ExportRequest
 from qsnapd.snapshot.intact import require_usable
 from qsnapd.snapshot.moving.gathering import Gathering
 from qsnapd.snapshot.moving.meter import Meter, Tell
 from qsnapd.snapshot.moving.tar_writer import require_writable, write_tar
+from qsnapd.store.own_files import is_staged_export
 from qsnapd.store.snapshots import VmStore
-
-STAGING_PREFIX = ".export-"
-"""Of folders in a VM's part of the store, in which a tar stream is prepared."""
 
 
 async def export_snapshot(
@@ -58,7 +61,7 @@ async def _export(
     if descriptor is None:
         raise TargetRefused("name a directory, or send a descriptor to write the tar stream to")
     require_writable(descriptor)
-    staging = store.directory / f"{STAGING_PREFIX}{secrets.token_hex(4)}"
+    staging = store.directory / f".export-{secrets.token_hex(4)}"
     async with _new_folder(staging, temporary=True) as folder:
         with ExitStack() as descriptors:
             work = Gathering(manifest, folder, meter, descriptors, qemu_img)
@@ -77,8 +80,8 @@ def remove_leftovers(store: VmStore, before_s: float) -> None:
     alone to remove. Raises: StoreError.
     """
     try:
-        for path in store.directory.glob(f"{STAGING_PREFIX}*"):
-            if path.stat().st_ctime < before_s:
+        for path in store.directory.iterdir():
+            if is_staged_export(path.name) and path.stat().st_ctime < before_s:
                 shutil.rmtree(path)
     except OSError as exc:
         raise StoreError(f"cannot remove {exc.filename}: {exc.strerror}") from exc
@@ -101,7 +104,7 @@ async def _new_folder(path: Path, *, temporary: bool = False) -> AsyncIterator[P
 
 def _make_folder(path: Path) -> None:
     try:
-        path.mkdir(mode=0o700)
+        create_directory(path)
     except FileExistsError:
         raise TargetRefused(f"{path} exists already: an export makes a folder of its own") from None
     except OSError as exc:

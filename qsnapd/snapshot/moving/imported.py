@@ -14,15 +14,22 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from pydantic import ValidationError
 
-from qsnapd.errors import Effect, ImageInvalid, QsnapError, StoreError, TargetRefused
+from qsnapd.errors import (
+    Effect,
+    ImageInvalid,
+    ManifestInvalid,
+    QsnapError,
+    StoreError,
+    TargetRefused,
+)
 from qsnapd.image.files import (
     allocated_bytes,
+    create_directory,
     create_exclusive,
     identity,
+    make_directory,
     require_space,
-    sync_directory,
     sync_file,
 )
 from qsnapd.image.qcow2 import read_header
@@ -32,7 +39,8 @@ from qsnapd.model.transfer import MEMORY_NAME, Export, ExportedDisk, ImportReque
 from qsnapd.snapshot.moving.meter import Meter, Tell
 from qsnapd.snapshot.moving.sources import Folder, Source, Stream, require_readable
 from qsnapd.snapshot.taking.finish import verify_image
-from qsnapd.store.layout import make_directory
+from qsnapd.store.made import by_path
+from qsnapd.store.record import Record
 from qsnapd.store.snapshots import VmStore
 
 RECORD_NAME = ".import.json"
@@ -43,8 +51,9 @@ _SECTOR_BYTES = 512
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-class _Record(Frozen):
+class _Made(Frozen):
     disks: FileIdentity
+    """The folder for the disks; its inode is 0 until it is surely there."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +130,19 @@ def notes(manifest: Manifest, qmp: Path) -> tuple[str, ...]:
 def remove_leftovers(store: VmStore, before_s: float) -> None:
     """Remove what imports begun before that time have left, by a daemon that was killed. Blocks.
 
+    All that was begun and that no journal tells of is one's, of a whole snapshot or of a record.
+    Preconditions: what a renaming has left is finished.
+
     Raises: StoreError.
     """
     entry = store.journal.read()
     for name in store.partials():
+        if entry is not None and entry.plan.name == name:
+            continue
         staging = store.partial_path(name)
         with _failing(f"look into {staging}"):
-            is_import = (staging / RECORD_NAME).exists() or (
-                not any(staging.iterdir()) and (entry is None or entry.plan.name != name)
-            )
             is_old = staging.stat().st_ctime < before_s
-        if is_import and is_old:
+        if is_old:
             _unstage(store, name)
 
 
@@ -146,9 +157,10 @@ def _stage(store: VmStore, name: str, disk_directory: str | None) -> _Place:
         with ExitStack() as closing:
             above_fd = os.open(above, _FOLDER)
             closing.callback(os.close, above_fd)
+            _write_record(staging, by_path(str(disks)))
             with ExitStack() as made:
                 disks_fd = _make_folder(disks.name, above_fd, made)
-                _write_record(staging, disks_fd)
+                _write_record(staging, identity(disks_fd))
                 if disk_directory is not None and os.geteuid() == 0:
                     _give_like(above_fd, disks_fd)
                 os.fsync(above_fd)
@@ -164,7 +176,7 @@ def _stage(store: VmStore, name: str, disk_directory: str | None) -> _Place:
 
 def _make_folder(name: str, above_fd: int, made: ExitStack) -> int:
     """Make a folder (0700) and open it; *made* takes that back."""
-    os.mkdir(name, mode=0o700, dir_fd=above_fd)
+    create_directory(name, dir_fd=above_fd)
     made.callback(_remove_empty, name, above_fd)
     disks_fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=above_fd)
     made.callback(os.close, disks_fd)
@@ -189,36 +201,44 @@ def _give_like(above_fd: int, fd: int) -> None:
     os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
-def _write_record(staging: Path, disks_fd: int) -> None:
-    fd = create_exclusive(staging / RECORD_NAME)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(_Record(disks=identity(disks_fd)).model_dump_json())
-        file.flush()
-        sync_file(fd)
-    sync_directory(staging)
+def _record(staging: Path) -> Record[_Made]:
+    return Record(staging / RECORD_NAME, _Made)
+
+
+def _write_record(staging: Path, disks: FileIdentity) -> None:
+    _record(staging).write(_Made(disks=disks))
 
 
 def _unstage(store: VmStore, name: str) -> None:
-    """Remove all that an import has made. Raises: StoreError."""
+    """Remove all that an import has made; durable on return. Raises: StoreError."""
     try:
-        record = _Record.model_validate_json(
-            (store.partial_path(name) / RECORD_NAME).read_bytes()
-        ).disks
-        above, folder = os.path.split(record.path)
-        above_fd = os.open(above, _FOLDER)
+        made = _record(store.partial_path(name)).read()
+    except ManifestInvalid:
+        made = None  # it was not written to its end: nothing was made yet
+    if made is not None:
         try:
-            status = os.stat(folder, dir_fd=above_fd, follow_symlinks=False)
-            if (status.st_dev, status.st_ino) == (record.device, record.inode):
-                shutil.rmtree(folder, dir_fd=above_fd)
-        finally:
-            os.close(above_fd)
-    except (FileNotFoundError, NotADirectoryError, ValidationError):  # gone, or not written yet
-        pass
-    except OSError as exc:
-        raise StoreError(
-            f"cannot remove {exc.filename}: {exc.strerror}", effect=Effect.PARTIAL
-        ) from exc
+            _remove_disks(made.disks)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as exc:
+            raise StoreError(
+                f"cannot remove {exc.filename}: {exc.strerror}", effect=Effect.PARTIAL
+            ) from exc
     store.unstage(name)
+
+
+def _remove_disks(made: FileIdentity) -> None:
+    above, folder = os.path.split(made.path)
+    above_fd = os.open(above, _FOLDER)
+    try:
+        with suppress(FileNotFoundError):
+            if os.stat(folder, dir_fd=above_fd, follow_symlinks=False).st_ino == made.inode:
+                shutil.rmtree(folder, dir_fd=above_fd)
+            elif made.inode == 0:  # nothing was put there yet
+                os.rmdir(folder, dir_fd=above_fd)
+        os.fsync(above_fd)
+    finally:
+        os.close(above_fd)
 
 
 @dataclass(frozen=True)

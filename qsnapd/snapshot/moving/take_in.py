@@ -23,6 +23,7 @@ from qsnapd.image.files import (
     require_space,
     sync_directory,
     sync_file,
+    sync_image,
 )
 from qsnapd.image.sparse import copy_sparse, data_bytes
 from qsnapd.model.snapshot import FileIdentity, Manifest, MemoryImage
@@ -153,6 +154,7 @@ def _commit(
                 place = place.model_copy(update={"path": str(staging / MEMORY_NAME)})
             manifest = _proven(manifest, place, before, check)
         check()
+        _sync_images(manifest)
         store.commit(name, manifest)
     except BaseException:
         if name not in store.snapshots():
@@ -169,10 +171,24 @@ def _proven(
     assert manifest.memory is not None, "the caller has looked"
     found = identity(Path(place.path)).model_copy(update={"path": manifest.memory.path})
     with open(place.path, "rb") as file:
+        sync_file(file.fileno())
         memory = manifest.memory.model_copy(
             update={"file": found, "allocated_bytes": allocated_bytes(file.fileno())}
         )
     return manifest.model_copy(update={"memory": memory})
+
+
+def _sync_images(manifest: Manifest) -> None:
+    """Have the disks on stable storage: somebody may have copied them there a moment ago."""
+    for path in {image.path for disk in manifest.disks for image in disk.chain}:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            raise ImageInvalid(f"{path} cannot be opened: {exc.strerror}") from exc
+        try:
+            sync_image(fd)
+        finally:
+            os.close(fd)
 
 
 def _bring(memory_fd: int, target: Path, size_bytes: int, check: Check) -> None:
@@ -214,6 +230,7 @@ def _put_back(
     manifest, path = adopted.manifest, store.path(name) / MANIFEST_NAME
     if manifest.memory is not None:
         manifest = _proven(manifest, manifest.memory, before, check)
+    _sync_images(manifest)
     draft = path.with_name(f".{MANIFEST_NAME}.new")
     try:
         draft.unlink(missing_ok=True)

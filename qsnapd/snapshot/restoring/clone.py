@@ -13,7 +13,7 @@ import trio
 
 from qsnapd.errors import Effect, VmError
 from qsnapd.faults import Point, reach
-from qsnapd.image.files import identity, remove_if_ours
+from qsnapd.image.files import identity, remove_if_ours, sync_removals
 from qsnapd.model.plan import ClonePlan, JournalEntry
 from qsnapd.model.registration import Registration
 from qsnapd.model.snapshot import FileIdentity, Manifest
@@ -99,6 +99,7 @@ async def settle_clone(plan: ClonePlan, store: VmStore) -> None:
     """Remove what is of no use once the clone is registered. Idempotent. Raises: StoreError."""
     if plan.loading is not None and plan.loading.view is not None:
         await in_thread(Path(plan.loading.view).unlink, True)
+        await in_thread(sync_removals, [store.directory])
     await in_thread(store.restoring.clear)
     await reach(Point.CLONED)
 
@@ -175,4 +176,4 @@ def _remove_made(plan: ClonePlan) -> None:
             kind(status.st_mode) for kind in (stat.S_ISSOCK, stat.S_ISFIFO, stat.S_ISREG)
         )
         if is_of_qemu and status.st_ctime >= plan.requested_at.timestamp() - 1:
-            remove_if_ours(path, status.st_dev, status.st_ino)
+            remove_if_ours(path, status.st_ino)

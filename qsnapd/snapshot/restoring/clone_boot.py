@@ -45,6 +45,11 @@ async def boot_clone(seat: Seat, job: Job, registration: Registration, source: V
 
 def _plan(seat: Seat, registration: Registration, seen: LastSeen) -> Restore:
     for disk in seen.disks:
+        if not disk.chain:
+            raise Blocked(
+                f"disk {disk.target}: its images could not be found from here when VM {seat.name} "
+                "last ran"
+            )
         for file in disk.chain:
             if not is_still(file):
                 raise Blocked(

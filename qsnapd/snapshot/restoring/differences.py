@@ -15,7 +15,7 @@ from qsnapd.vm.probe import Probe
 
 _RAM_STEP_BYTES = 8192
 """QEMU rounds the size of RAM up to this."""
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGTPE]?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)([BKMGTPE]?)", re.IGNORECASE)
 _SHIFTS = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 _DEFAULT_BLOCKS = frozenset({"pc.ram", "microvm.ram"})
 _PLUGGED = ("pc-dimm", "nvdimm", "virtio-mem", "virtio-pmem", "cxl-type3")

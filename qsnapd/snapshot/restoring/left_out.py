@@ -41,7 +41,7 @@ def compare_left_out(
                 "--force",
                 True,
             )
-        elif not is_still(disk.chain[0]):
+        elif not (disk.chain and is_still(disk.chain[0])):
             words = f"it was left out, and {disk.frozen} is another file than it was on then"
             yield Difference(what, "", words, True)
         elif loads:

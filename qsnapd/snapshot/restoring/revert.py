@@ -27,7 +27,7 @@ from qsnapd.errors import (
 from qsnapd.faults import Point, reach
 from qsnapd.image.files import identity
 from qsnapd.image.qcow2 import is_blank
-from qsnapd.model.plan import JournalEntry, Restore, RevertPlan
+from qsnapd.model.plan import CheckpointPlan, JournalEntry, Restore, RevertPlan
 from qsnapd.model.request import CreateRequest, DiskRequest, RevertRequest
 from qsnapd.model.snapshot import FileIdentity, Manifest, Strategy
 from qsnapd.model.state import State
@@ -36,7 +36,8 @@ from qsnapd.snapshot.restoring.left_out import is_left_out_of
 from qsnapd.snapshot.restoring.preflight import preflight
 from qsnapd.snapshot.restoring.revert_plan import plan_return, plan_revert, require_no_qemu
 from qsnapd.snapshot.restoring.start import Seat, look_after, make_files
-from qsnapd.snapshot.restoring.switch import Left, Switch
+from qsnapd.snapshot.restoring.switch import Switch
+from qsnapd.snapshot.taking.committing import settle_committed
 from qsnapd.snapshot.taking.create import Checkpoint
 from qsnapd.snapshot.undo import remove_files
 from qsnapd.store.snapshots import VmStore
@@ -103,15 +104,16 @@ class Revert:
             await self._job.reach(Point.REVERT_PLANNED)
             entry = await make_files(entry, seat.store.restoring, qemu_img=self._qemu_img)
             await self._job.reach(Point.REVERT_FILES_MADE)
-            left = Left()
+            left: tuple[str, ...] = ()
             if vm is not None:
                 if not request.discard:
                     leaves = [d.target for d in present if is_left_out_of(d, manifest)]
-                    entry, left = await self._keep(vm, entry, leaves)
+                    entry = await self._keep(vm, entry, leaves)
                 else:
-                    left = Left(disks=await _disks_in_use(vm))
+                    left = await _disks_in_use(vm)
             else:
-                left = await in_thread(_never_started, seat.store)
+                unused, left = await in_thread(_never_started, seat.store)
+                entry = entry.model_copy(update={"unused": unused})
             await seat.launcher.prepare(plan.launch, lasting=not plan.starts)
             await self._job.reach(Point.REVERT_PREPARED)
             entry = await self._commit_to_it(vm, entry)
@@ -147,7 +149,7 @@ class Revert:
 
     async def _keep(
         self, vm: AttachedVm, entry: JournalEntry, leaves: Sequence[str]
-    ) -> tuple[JournalEntry, Left]:
+    ) -> JournalEntry:
         """Make a snapshot of the state that is about to be left; the guest stands afterwards.
 
         It *leaves* out the disks that the VM goes on with as they are.
@@ -173,6 +175,7 @@ class Revert:
             kept = await checkpoint.take(request, holds=True)
             self._keeping = checkpoint
             await self._job.reach(Point.REVERT_KEPT)
+            await self._require_settled(vm)
         except (RequestError, CapabilityMissing, StoreFull) as exc:
             raise Blocked(
                 f"the state that VM {plan.vm} is in cannot be kept as a snapshot: {exc}. "
@@ -190,14 +193,25 @@ class Revert:
         self._job.kept = kept.name
         ran = kept.state == "running"
         back = partial(plan_return, kept, self._seat.parent, to_running=ran)
-        entry = _changed(
-            entry, was_running=ran, fallback=await in_thread(back)
-        )
-        await self._write(entry)
-        await self._job.reach(Point.REVERT_RETURN_NOTED)
         overlays = [Path(disk.overlay) for disk in kept.disks if disk.overlay]
         unused = [await in_thread(identity, path) for path in overlays]
-        return entry, Left(unused=tuple(unused))
+        entry = _changed(
+            entry, was_running=ran, fallback=await in_thread(back)
+        ).model_copy(update={"unused": tuple(unused)})
+        await self._write(entry)
+        await self._job.reach(Point.REVERT_RETURN_NOTED)
+        return entry
+
+    async def _require_settled(self, vm: AttachedVm) -> None:
+        """End what keeping the state has left: later it would be ended on top of the revert.
+
+        Raises: StoreError, VmError.
+        """
+        store = self._seat.store
+        entry = await in_thread(store.journal.read)
+        if entry is not None:
+            assert isinstance(entry.plan, CheckpointPlan)
+            await settle_committed(vm, entry.plan, store, self._job.patience)
 
     async def _commit_to_it(self, vm: AttachedVm | None, entry: JournalEntry) -> JournalEntry:
         """The last look before the point of no return, and its note in the journal.
@@ -246,12 +260,15 @@ class Revert:
             cause.effect = effect
 
 
-def _never_started(store: VmStore) -> Left:
-    """What the VM, which an earlier revert has left shut off, was to be started on. Blocks."""
+def _never_started(store: VmStore) -> tuple[tuple[FileIdentity, ...], tuple[str, ...]]:
+    """What the VM, which an earlier revert has left shut off, was to be started on. Blocks.
+
+    Returns the overlays that nobody has written to, and the paths of the others.
+    """
     entry = store.next_start.read()
     if entry is None or not isinstance(entry.plan, Restore):
-        return Left()
-    made = {(file.device, file.inode) for file in entry.made}
+        return (), ()
+    made = {file.inode for file in entry.made}
     unused, disks = list[FileIdentity](), list[str]()
     for overlay in entry.plan.overlays:
         try:
@@ -262,7 +279,7 @@ def _never_started(store: VmStore) -> Left:
             continue
         try:
             file = identity(descriptor)
-            if (file.device, file.inode) in made and is_blank(descriptor):
+            if file.inode in made and is_blank(descriptor):
                 unused.append(file)
             else:  # somebody has started it after all
                 disks.append(overlay.path)
@@ -270,7 +287,7 @@ def _never_started(store: VmStore) -> Left:
             disks.append(overlay.path)
         finally:
             os.close(descriptor)
-    return Left(unused=tuple(unused), disks=tuple(disks))
+    return tuple(unused), tuple(disks)
 
 
 def _changed(entry: JournalEntry, **what: object) -> JournalEntry:

@@ -6,7 +6,6 @@ which guest was let go before it is: whatever happens later, nothing is loaded b
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -23,9 +22,9 @@ from qsnapd.errors import (
     VmError,
 )
 from qsnapd.faults import Point, reach
-from qsnapd.image.files import remove_if_ours
+from qsnapd.image.files import remove_if_ours, sync_removals
 from qsnapd.model.plan import JournalEntry, Restore, RevertPlan
-from qsnapd.model.snapshot import FileIdentity, Manifest
+from qsnapd.model.snapshot import Manifest
 from qsnapd.model.state import Condition
 from qsnapd.qmp.commands import Quit
 from qsnapd.snapshot.deleting.former_names import note_made
@@ -43,20 +42,11 @@ DETACH_LIMIT_S = 30.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Left:
-    """The state that a revert leaves."""
-
-    unused: tuple[FileIdentity, ...] = ()
-    """Overlays over the kept state, which nobody has written to."""
-    disks: tuple[str, ...] = ()
-    """What a state that is discarded was on; its files stay."""
-
-
 class Switch:
     """Ends a VM's QEMU and starts another. Not to be cancelled: the caller shields it."""
 
-    def __init__(self, seat: Seat, job: Job, left: Left) -> None:
+    def __init__(self, seat: Seat, job: Job, left: tuple[str, ...] = ()) -> None:
+        """*left*: what a state that is discarded is on; it stays."""
         self._seat = seat
         self._job = job
         self._left = left
@@ -112,7 +102,7 @@ class Switch:
         await finish_revert(vm, entry, seat.store)
         await seat.launcher.follow(vm)
         self._job.effect = Effect.NONE
-        await self._tell_what_is_left()
+        self._tell_what_is_left()
 
     async def _leave_off(self, entry: JournalEntry) -> None:
         seat, plan = self._seat, _revert(entry)
@@ -124,19 +114,13 @@ class Switch:
             f"VM {seat.name} is shut off, as the snapshot holds no memory; "
             f"qsnapctl start {seat.name} starts it",
         )
-        await self._tell_what_is_left()
+        self._tell_what_is_left()
 
-    async def _tell_what_is_left(self) -> None:
-        if self._left.disks:
-            disks = ", ".join(self._left.disks)
+    def _tell_what_is_left(self) -> None:
+        if self._left:
+            disks = ", ".join(self._left)
             note = f"the disks of the state that was given up are still there: {disks}"
             self._job.notes += (note,)
-        for file in self._left.unused:
-            try:
-                remove = partial(remove_if_ours, Path(file.path), file.device, file.inode)
-                await in_thread(remove)
-            except StoreError as exc:
-                _log.warning("VM %s: %s", self._seat.name, exc)
 
     async def _bring_back(self, entry: JournalEntry, cause: QsnapError) -> NoReturn:
         """Start the state that was left again. Always raises: VmError: what is true now."""
@@ -146,7 +130,7 @@ class Switch:
         fallback = plan.fallback
         if fallback is None:
             await drop_revert(entry, seat.store)
-            disks = ", ".join(self._left.disks) or "those it had"
+            disks = ", ".join(self._left) or "those it had"
             raise self._failed(
                 f"{what}The VM is shut off; the disks of the state before are: {disks}",
                 Effect.PARTIAL,
@@ -237,10 +221,21 @@ async def settle_revert(plan: Restore, store: VmStore) -> None:
     await reach(Point.REVERT_CURRENT_SET)
     if (entry := await in_thread(store.restoring.read)) is not None:
         await in_thread(note_made, store.made, plan.overlays, entry.made)
+        await in_thread(_remove_unused, entry)
     if not isinstance(plan, RevertPlan) or plan.starts:  # how it was to start before is void
         await in_thread(store.next_start.clear)
     await in_thread(store.restoring.clear)
     await reach(Point.REVERTED)
+
+
+def _remove_unused(entry: JournalEntry) -> None:
+    """Remove the overlays over the state that was left; what cannot be is logged. Blocks."""
+    for file in entry.unused:
+        try:
+            remove_if_ours(Path(file.path), file.inode)
+        except StoreError as exc:
+            _log.warning("VM %s: %s", entry.plan.vm, exc)
+    sync_removals(Path(file.path).parent for file in entry.unused)
 
 
 async def drop_revert(entry: JournalEntry, store: VmStore) -> None:

@@ -7,6 +7,7 @@ undone; what still goes wrong is a warning on a snapshot that exists.
 """
 
 import logging
+from functools import partial
 
 import trio
 
@@ -41,10 +42,10 @@ from qsnapd.snapshot.taking.saves import Saves
 from qsnapd.snapshot.taking.settling import let_guest_go
 from qsnapd.snapshot.taking.situation import look
 from qsnapd.snapshot.taking.stopped import capture_stopped
-from qsnapd.snapshot.taking.targets import check_targets
+from qsnapd.snapshot.taking.targets import check_targets, flush_disks
 from qsnapd.snapshot.undo import put_back
 from qsnapd.store.snapshots import VmStore
-from qsnapd.threads import in_thread
+from qsnapd.threads import in_slow_thread, in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.launcher import Launcher
 from qsnapd.vm.provisions import NO_PROVISIONS, Provisions
@@ -143,7 +144,7 @@ class Checkpoint:
         await in_thread(store.set_current, plan.parent)
         await in_thread(store.uncommit, plan.name)
         await self._job.reach(Point.TAKE_BACK_WITHDRAWN)
-        await put_back(self._vm, entry, self._job.patience)
+        await put_back(self._vm, entry, store.journal, self._job.patience)
         await in_thread(store.made.forget_gone)
         await in_thread(store.unstage, plan.name)
         await in_thread(store.journal.clear)
@@ -245,6 +246,7 @@ class Checkpoint:
             await _CAPTURES[plan.strategy](capture)
         await self._job.reach(Point.CAPTURE_LEFT)
         self._job.enter(Phase.FINISHING)
+        await in_slow_thread(partial(flush_disks, plan), self._job.patience)
         image, ram_blocks = None, self._vm.ram_blocks
         if target is not None:
             image, ram_blocks = await finish_image(
@@ -273,7 +275,7 @@ class Checkpoint:
         plan = entry.plan
         assert isinstance(plan, CheckpointPlan)
         try:
-            done = await put_back(self._vm, entry, self._job.patience)
+            done = await put_back(self._vm, entry, self._store.journal, self._job.patience)
             await in_thread(self._store.made.forget_gone)
             if preparation.has_staged:
                 await in_thread(self._store.unstage, plan.name)

@@ -127,6 +127,9 @@ class Drain:
                     view = view[os.write(self._target, view) :]
         except OSError as exc:
             self._failure = exc
+            with suppress(queue.Empty):  # the reader may be waiting for room
+                while True:
+                    self._chunks.get_nowait()
         finally:
             os.close(self._target)
 

@@ -101,5 +101,5 @@ def progress_of(info: MigrationInfo) -> Progress:
         done_bytes=done_bytes,
         total_bytes=ram.total_bytes,
         rate_bytes_per_s=round(rate_bytes_per_s, 1),
-        left_s=round(ram.remaining_bytes / rate_bytes_per_s, 2) if rate_bytes_per_s else None,
+        left_s=round(ram.remaining_bytes / rate_bytes_per_s, 2) if rate_bytes_per_s >= 1 else None,
     )

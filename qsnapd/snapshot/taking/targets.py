@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qsnapd.errors import ImageInvalid, StoreError, TargetRefused
-from qsnapd.image.files import sync_in_parts
+from qsnapd.image.files import sync_image
 from qsnapd.image.qcow2 import Header, read_header
 from qsnapd.model.plan import CheckpointPlan, OverlayPlan, Place
 from qsnapd.snapshot.taking.room import Room
@@ -180,9 +180,10 @@ def _require_ready(overlay: OverlayPlan, header: Header) -> None:
 
 
 def flush_disks(plan: CheckpointPlan, check: Check) -> None:
-    """Sync the disks' files now, so that `stop` finds little to flush. Blocks.
+    """Sync the disks' files: before the pause, so that `stop` finds little to flush; and after it.
 
-    Raises: StoreError; what *check* raises.
+    QEMU flushes them when they are frozen, but not those that it was told to never flush.
+    Blocks. Raises: StoreError; what *check* raises.
     """
     images = {pivot.target: pivot.overlay.backing for pivot in plan.pivots}
     images |= {disk.target: disk.frozen for disk in plan.left_out if disk.target in plan.manual}
@@ -193,8 +194,8 @@ def flush_disks(plan: CheckpointPlan, check: Check) -> None:
             _log.debug("cannot pre-flush %s: %s", image, exc)
             continue
         try:
-            sync_in_parts(descriptor, check)
+            sync_image(descriptor, check)
         except StoreError as exc:
-            raise StoreError(f"disk {target}: {image}: {exc}") from exc
+            raise StoreError(f"disk {target}: {exc}") from exc
         finally:
             os.close(descriptor)

@@ -1,0 +1,103 @@
+"""All kinds of attacks, and how many of each make a proof.
+
+The ordinary run strikes at every point there is; where instants are drawn by lot, it draws as many
+as are enough to find what happens once in a hundred times. QSNAPD_LONG=1 draws more, and does with
+the old QEMU too what takes long.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qsnapd.model.snapshot import Strategy
+from tests.attacks import cloning, creating, deleting, disks, ended, killing, quiescing, reverting
+from tests.attacks.campaign import CASES_PER_VM, Attack, OpenLane
+from tests.attacks.killing import DaemonKilled, JobAborted, QemuKilled, Work
+from tests.attacks.lane import open_agent_lane, open_lane
+from tests.attacks.media import Kind
+from tests.attacks.planted import Faults
+from tests.long import LONG
+from tests.parts import Qemu, qemu_versions
+
+OLDEST, *_, NEWEST = qemu_versions()
+TIMES = 5 if LONG else 1
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one test does, on one VM if all is well."""
+
+    row: str
+    """Of the table that it is counted in."""
+    qemu: Qemu
+    number: int
+    attacks: Sequence[Attack]
+    open_a_lane: OpenLane = open_lane
+
+    def __str__(self) -> str:
+        return f"{self.qemu}-{self.row}-{self.number}"
+
+    @property
+    def points(self) -> list[int]:
+        """Those that a fault is planted at."""
+        plans = [getattr(attack, "faults", None) for attack in self.attacks]
+        faults = [plan for plan in plans if isinstance(plan, Faults)]
+        return sorted({p.number for plan in faults for p, _ in (*plan.first, *plan.later)})
+
+
+def planted() -> Iterator[Batch]:
+    """Faults at every point, of every kind, in checkpoints by every strategy."""
+    by_strategy: list[Callable[[Strategy], Sequence[Attack]]] = [
+        *(creating.creating, creating.undoing, creating.recovering, ended.ended),
+    ]
+    others: list[Callable[[Strategy], Sequence[Attack]]] = [
+        *(reverting.reverting, reverting.taking_back, deleting.deleting, deleting.renaming),
+        cloning.cloning,
+    ]
+    for qemu in (NEWEST, OLDEST):
+        for plan in by_strategy:
+            for strategy in Strategy:
+                yield from _batches(f"{plan.__name__}, {strategy}", qemu, plan(strategy))
+        for plan in others:
+            yield from _batches(plan.__name__, qemu, plan(Strategy.STOPPED))
+        if qemu is OLDEST:
+            drained = creating.saving_again(Strategy.BACKGROUND)
+            yield from _batches("saving again", qemu, drained)
+        quiesced = quiescing.quiescing(Strategy.STOPPED)
+        yield from _batches("quiescing", qemu, quiesced, open_agent_lane)
+
+
+def by_lot() -> Iterator[Batch]:
+    """Daemons and QEMUs that are killed, and jobs that are cancelled, at any instant."""
+    for qemu, kind, how_many in (
+        (NEWEST, DaemonKilled, 140),
+        (OLDEST, DaemonKilled, 60),
+        (NEWEST, QemuKilled, 30),
+        (OLDEST, QemuKilled, 20),
+        (NEWEST, JobAborted, 60),
+        (OLDEST, JobAborted, 40),
+    ):
+        attacks = killing.by_lot(kind, list(Work), how_many * TIMES, SEED)
+        yield from _batches(str(attacks[0]).split(",")[0], qemu, attacks)
+
+
+def on_bad_disks() -> Iterator[Batch]:
+    """Disks that are full, at each of so many levels, and that fill up, break or stall."""
+    for kind in (Kind.TMPFS, Kind.EXT4):
+        for strategy in Strategy:
+            qemu = NEWEST if strategy is not Strategy.PRECOPY or LONG else OLDEST
+            lanes = disks.lanes_on(kind)
+            fillings = list(disks.fillings(strategy))
+            yield from _batches(f"{kind} filled, {strategy}", qemu, fillings, lanes)
+    for failure in disks.Failure:
+        for qemu in (NEWEST, OLDEST):
+            attacks = list(disks.failures(failure, 6 * TIMES, SEED))
+            yield from _batches(f"disk {failure}", qemu, attacks, disks.lanes_on(failure.kind))
+
+
+def _batches(
+    row: str, qemu: Qemu, attacks: Sequence[Attack], open_a_lane: OpenLane = open_lane
+) -> Iterator[Batch]:
+    for number, first in enumerate(range(0, len(attacks), CASES_PER_VM)):
+        some = attacks[first : first + CASES_PER_VM]
+        yield Batch(row, qemu, number, some, open_a_lane)
