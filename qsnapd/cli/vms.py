@@ -128,7 +128,7 @@ def _is_listed(vm: dict[str, Any], flags: dict[str, bool]) -> bool:
         "state_shutoff": shut_off,
         "state_other": state not in (_RUNNING, _PAUSED, _SHUT_OFF),
     }
-    snapshots = {"with_snapshot": vm["snapshots"] > 0, "without_snapshot": not vm["snapshots"]}
+    snapshots = {"with_snapshot": bool(vm["snapshots"]), "without_snapshot": not vm["snapshots"]}
     lasting = {"persistent": True, "transient": False}
     return all(
         any(is_so for flag, is_so in group.items() if flags[flag])

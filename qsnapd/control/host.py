@@ -52,10 +52,11 @@ class Host(Protocol):
     threads.
     """
 
-    def vms(self) -> tuple[VmInfo, ...]:
-        """Return all configured VMs, by name."""
+    async def look_at_all(self) -> tuple[VmInfo, ...]:
+        """Return all configured VMs, by name. None of them delays or fails the others."""
 
-    def vm(self, name: str) -> VmInfo: ...
+    async def look(self, name: str) -> VmInfo:
+        """Return one of them; if its part of the store does not answer soon, without snapshots."""
 
     def name_of(self, word: str) -> str:
         """Return the name of the VM that *word* means: its name, or its UUID or id if it runs."""

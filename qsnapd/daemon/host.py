@@ -17,7 +17,7 @@ from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.jobs import Jobs
 from qsnapd.daemon.upkeep import Upkeep
-from qsnapd.errors import WrongState
+from qsnapd.errors import DiskStalled, StoreError, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.findings import StoreCheck
 from qsnapd.model.freeze import Filesystem
@@ -45,6 +45,7 @@ from qsnapd.snapshot.restoring.revert_plan import describe_launch
 from qsnapd.snapshot.restoring.switch import DETACH_LIMIT_S
 from qsnapd.snapshot.restoring.verify import verify_snapshot
 from qsnapd.snapshot.taking.create import Checkpoint
+from qsnapd.store.snapshots import VmStore
 from qsnapd.threads import in_thread
 from qsnapd.vm.disks import read_disks
 from qsnapd.vm.launch import Parent
@@ -52,6 +53,9 @@ from qsnapd.vm.process import still_runs
 
 _ASKERS_OWN = (JobKind.EDIT, JobKind.REPAIR)
 """Jobs that are part of a client's call."""
+
+STORE_LIMIT_S = 2.0
+"""How long a look at VMs waits for a store."""
 
 
 class LocalHost:
@@ -70,13 +74,40 @@ class LocalHost:
         self._jobs = Jobs(events, jobs)
         self._qemu_img = qemu_img
         self._rehearsals = set[str]()
+        self._stalled: dict[str, DiskStalled] = {}
+        """The last look into the store of these VMs has not come to an end yet, or only since."""
         self._editing = Editing(fleet, events)
         self._upkeep = Upkeep(fleet, events)
 
-    def vms(self) -> tuple[VmInfo, ...]:
-        return tuple(self.vm(name) for name in sorted(self._fleet))
+    async def look_at_all(self) -> tuple[VmInfo, ...]:
+        """See `Host.look_at_all`."""
+        infos: dict[str, VmInfo] = {}
+
+        async def look(name: str) -> None:
+            infos[name] = await self.look(name)
+
+        names = sorted(self._fleet)
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(look, name)
+        return tuple(infos[name] for name in names)
+
+    async def look(self, name: str) -> VmInfo:
+        """See `Host.look`."""
+        store, stalled = self._fleet.find(name).store, self._stalled.get(name)
+        try:
+            if stalled is not None and not stalled.over.is_set():
+                raise stalled  # one thread that waits for it is enough
+            kept = await in_thread(_kept, store, limit_s=STORE_LIMIT_S)
+        except StoreError as exc:
+            if isinstance(exc, DiskStalled):
+                self._stalled[name] = exc
+            info = self.vm(name)
+            return info.model_copy(update={"problem": info.problem or str(exc)})
+        return self.vm(name).model_copy(update=kept)
 
     def vm(self, name: str) -> VmInfo:
+        """The same without its snapshots: no file is read."""
         supervisor = self._fleet.find(name)
         condition = supervisor.tracker.condition
         vm = supervisor.attached
@@ -95,8 +126,6 @@ class LocalHost:
             machine=vm.machine_type if vm else None,
             ram_bytes=vm.ram_bytes if vm else None,
             vcpus=vm.vcpus if vm else None,
-            snapshots=len(supervisor.store.snapshots()),
-            current_snapshot=supervisor.store.current(),
         )
 
     def name_of(self, word: str) -> str:
@@ -351,3 +380,7 @@ class LocalHost:
 
     def subscribe(self) -> AbstractContextManager[trio.MemoryReceiveChannel[Event]]:
         return self._events.subscribe()
+
+
+def _kept(store: VmStore) -> dict[str, object]:
+    return {"snapshots": len(store.snapshots()), "current_snapshot": store.current()}

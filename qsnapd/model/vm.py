@@ -28,7 +28,8 @@ class VmInfo(Frozen):
     machine: str | None = None
     ram_bytes: NonNegativeInt | None = None
     vcpus: NonNegativeInt | None = None
-    snapshots: NonNegativeInt = 0
+    snapshots: NonNegativeInt | None = None
+    """How many it has; not known while its part of the store cannot be read."""
     current_snapshot: SnapshotName | None = None
 
 

@@ -134,8 +134,10 @@ class VmStore:
     def partials(self) -> tuple[str, ...]:
         """Snapshots that were begun: one per running job, else what a crash has left."""
         with self._failing("read"):
-            entries = [e.name for e in os.scandir(self.directory) if e.name.endswith(_PARTIAL)]
-        names = (e[1 : -len(_PARTIAL)] for e in entries if e.startswith("."))
+            entries = [entry for entry in os.scandir(self.directory) if not entry.is_symlink()]
+            folders = [entry.name for entry in entries if entry.is_dir()]
+        ours = (name for name in folders if name.startswith(".") and name.endswith(_PARTIAL))
+        names = (name[1 : -len(_PARTIAL)] for name in ours)
         return tuple(sorted(filter(is_name, names)))
 
     def stage(self, name: str) -> Path:

@@ -9,7 +9,7 @@ from qsnapd.faults import Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import Forged
 from tests.attacks.lane import LOOK_AGAIN_S, SETTLE_LIMIT_S, Lane, outcome
-from tests.attacks.planted import Faults, died, each, spelled
+from tests.attacks.planted import Planted, died, each, spelled
 from tests.harness import Vm
 from tests.real.cases import VM
 
@@ -30,14 +30,8 @@ _POINTS = (
 
 
 @dataclass(frozen=True)
-class Cloning:
+class Cloning(Planted):
     """One clone that goes wrong."""
-
-    strategy: Strategy
-    faults: Faults
-
-    def __str__(self) -> str:
-        return f"{self.strategy}, {self.faults}"
 
     async def attack(self, lane: Lane) -> None:
         """Do it once. Raises: AssertionError: what is wrong afterwards."""

@@ -8,7 +8,7 @@ from qsnapd.faults import Action, Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import Forged
 from tests.attacks.lane import Lane, difference, outcome
-from tests.attacks.planted import Faults, died, each, each_later, spelled
+from tests.attacks.planted import Planted, between, died, each, each_later, spelled
 from tests.real.footprint import Footprint
 
 _NOT_ALWAYS = {
@@ -34,14 +34,8 @@ UNDO_POINTS = (
 
 
 @dataclass(frozen=True)
-class Creating:
+class Creating(Planted):
     """One checkpoint that goes wrong."""
-
-    strategy: Strategy
-    faults: Faults
-
-    def __str__(self) -> str:
-        return f"{self.strategy}, {self.faults}"
 
     async def attack(self, lane: Lane) -> None:
         """Do it once. Raises: AssertionError: what is wrong afterwards."""
@@ -69,8 +63,7 @@ class Creating:
 
 def creating(strategy: Strategy) -> list[Creating]:
     """At every point that a checkpoint by *strategy* passes."""
-    numbers = range(Point.CREATE_PLANNED.number, Point.SETTLED.number + 1)
-    points = [point for point in Point if point.number in numbers]
+    points = between(Point.CREATE_PLANNED, Point.SETTLED)
     passed = [point for point in points if strategy in _NOT_ALWAYS.get(point, (strategy,))]
     return [Creating(strategy, faults) for faults in each(passed)]
 

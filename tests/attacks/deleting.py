@@ -7,19 +7,13 @@ from qsnapd.faults import Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import Forged
 from tests.attacks.lane import Lane, outcome
-from tests.attacks.planted import Faults, died, each, spelled
+from tests.attacks.planted import Faults, Planted, between, died, each, spelled
 from tests.real.cases import VM
 
 
 @dataclass(frozen=True)
-class Deleting:
+class Deleting(Planted):
     """One deletion that goes wrong: of the older of two snapshots."""
-
-    strategy: Strategy
-    faults: Faults
-
-    def __str__(self) -> str:
-        return f"{self.strategy}, {self.faults}"
 
     async def attack(self, lane: Lane) -> None:
         """Do it once. Raises: AssertionError: what is wrong afterwards."""
@@ -86,14 +80,12 @@ class Renaming:
 
 
 def deleting(strategy: Strategy) -> list[Deleting]:
-    numbers = range(Point.DELETE_PLANNED.number, Point.DELETED.number + 1)
-    points = [point for point in Point if point.number in numbers]
+    points = between(Point.DELETE_PLANNED, Point.DELETED)
     return [Deleting(strategy, faults) for faults in each(points)]
 
 
 def renaming(_strategy: Strategy) -> list[Renaming]:
-    numbers = range(Point.RENAME_NOTED.number, Point.RENAMED.number + 1)
-    return [Renaming(f) for f in each(point for point in Point if point.number in numbers)]
+    return [Renaming(faults) for faults in each(between(Point.RENAME_NOTED, Point.RENAMED))]
 
 
 async def _delete(daemon: Forged, name: str) -> object:

@@ -15,14 +15,15 @@ from qsnapd.errors import QsnapError
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.campaign import OpenLane
 from tests.attacks.forge import Forge, Forged
-from tests.attacks.killing import struck
+from tests.attacks.killing import Job, Work, struck
 from tests.attacks.lane import Lane, difference, open_lane, outcome
 from tests.attacks.media import MIB, Kind, Medium, open_medium, run
 from tests.parts import Qemu
 from tests.real.cases import VM
 from tests.real.footprint import Footprint
 
-SIZE_BYTES = 512 * MIB
+SMALL_BYTES, LARGE_BYTES = 512 * MIB, 1024 * MIB
+"""A tmpfs is filled with memory, others with nothing; and they need room of their own."""
 NEEDED_BYTES = 230 * MIB
 """For the guest's memory, its devices' state, and what is to stay free; and a little more."""
 LEVELS = 20
@@ -61,6 +62,7 @@ class Filled:
                 now = await lane.look()
                 assert now == before, f"left over: {difference(before, now)}"
             await lane.goes_on(daemon, self.strategy)
+            await lane.delete_all(daemon)  # the disk is small
             await daemon.end()
 
 
@@ -91,20 +93,21 @@ class Fails:
     """In the midst of a job the disk fails, and is mended only once the guest runs all the same."""
 
     failure: Failure
-    strategy: Strategy
+    work: Work
     seed: int
 
     def __str__(self) -> str:
-        return f"disk {self.failure}, {self.strategy}, {self.seed}"
+        return f"disk {self.failure}, {self.work}, {self.seed}"
 
     async def attack(self, lane: Lane) -> None:
         medium = medium_of(lane)
         async with lane.daemon() as daemon:
             await lane.settled(daemon)
-            before, name = await lane.look(), lane.new_name("s")
-            job = partial(lane.create, daemon, name, strategy=self.strategy)
+            job = await Job.prepared(lane, daemon, self.work)
+            before = await lane.look()
             fail = partial(self._fail, medium)
-            error = await struck(job, fail, random.Random(self.seed).uniform(0, LATEST_S))
+            after_s = random.Random(self.seed).uniform(0, LATEST_S)
+            error = await struck(partial(job.do, daemon), fail, after_s)
             await lane.guest_runs()
             with trio.fail_after(ANSWER_LIMIT_S):
                 await daemon.call("GetVm", vm=VM)
@@ -112,10 +115,10 @@ class Fails:
                 await daemon.end()
             await self._mend(medium)
             if not self.failure.needs_mount:
-                await self._require_whole(lane, daemon, error, before, name)
+                await self._require_whole(job, daemon, error, before)
         if self.failure.needs_mount:
             async with lane.daemon() as daemon:
-                await self._require_whole(lane, daemon, error, before, name)
+                await self._require_whole(job, daemon, error, before)
 
     async def _fail(self, medium: Medium) -> None:
         match self.failure:
@@ -135,7 +138,7 @@ class Fails:
             case Failure.FULL:
                 medium.clear()
             case Failure.QUOTA:
-                await medium.limit(None)
+                await medium.lift()
             case Failure.DEAD | Failure.READ_ONLY:
                 await medium.unmount()
                 await medium.mount()
@@ -143,18 +146,17 @@ class Fails:
                 await medium.go_on()
 
     async def _require_whole(
-        self, lane: Lane, daemon: Forged, error: QsnapError | None, before: Footprint, name: str
+        self, job: Job, daemon: Forged, error: QsnapError | None, before: Footprint
     ) -> None:
-        """The snapshot is there and durable, or there is nothing of it."""
+        """It was done, and for good; or there is nothing of it."""
+        lane = job.lane
         await lane.settled(daemon)
-        is_there = name in await lane.listed(daemon)
-        assert is_there or error is not None, "it is lost"
-        if is_there:
-            await lane.restores(daemon, name)
-        else:
+        listed = await lane.listed(daemon)
+        if self.work not in (Work.REVERT, Work.DELETE) and job.name not in listed:
             now = await lane.look()
             assert now == before, f"left over: {difference(before, now)}; {error}"
-        await lane.goes_on(daemon, self.strategy)
+        await job.require_whole(daemon, error)
+        await lane.delete_all(daemon)  # the disk is small
         await daemon.end()
 
 
@@ -163,19 +165,21 @@ def fillings(strategy: Strategy) -> Iterator[Filled]:
     return (Filled(strategy, level) for level in range(LEVELS))
 
 
-def failures(failure: Failure, how_many: int, seed: int) -> Iterator[Fails]:
-    """So many, at instants drawn by lot, with each strategy in turn."""
-    for number, strategy in enumerate(islice(cycle(Strategy), how_many)):
-        yield Fails(failure, strategy, seed * 1_000_000 + number)
+def failures(failure: Failure, how_many: int, seed: int) -> list[Fails]:
+    """So many, at instants drawn by lot, in each kind of job in turn."""
+    drawn = enumerate(islice(cycle(Work), how_many))
+    return [Fails(failure, work, seed * 1_000_000 + number) for number, work in drawn]
 
 
 def lanes_on(kind: Kind) -> OpenLane:
     """VMs whose store is on a small file system of that kind."""
 
+    size_bytes = SMALL_BYTES if kind is Kind.TMPFS else LARGE_BYTES
+
     @asynccontextmanager
     async def opened(forge: Forge, qemu: Qemu, folder: Path) -> AsyncIterator[Lane]:
         async with (
-            open_medium(kind, folder, SIZE_BYTES) as medium,
+            open_medium(kind, folder, size_bytes) as medium,
             open_lane(forge, qemu, folder, medium=medium) as lane,
         ):
             await run("sync", "--file-system", medium.path)

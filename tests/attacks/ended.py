@@ -8,21 +8,15 @@ import trio
 from qsnapd.faults import Action, Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.lane import LOOK_AGAIN_S, SETTLE_LIMIT_S, Lane, outcome
-from tests.attacks.planted import Faults, died, each_later, spelled
+from tests.attacks.planted import Planted, died, each_later, spelled
 
 _POINTS = (Point.OFFLINE_MERGED, Point.OFFLINE_FILES_REMOVED)
 _KILLED = (Point.CAPTURE_PIVOTED, Action.KILL)
 
 
 @dataclass(frozen=True)
-class Ended:
+class Ended(Planted):
     """The guest has written into overlays by then, and flushed what it wrote."""
-
-    strategy: Strategy
-    faults: Faults
-
-    def __str__(self) -> str:
-        return f"{self.strategy}, {self.faults}"
 
     async def attack(self, lane: Lane) -> None:
         """Do it once. Raises: AssertionError: what is wrong afterwards."""

@@ -25,7 +25,7 @@ from tests.real.disk_content import chain_of, read_disk
 from tests.real.footprint import Footprint, look
 from tests.real.quiescing import open_agent_vm
 
-GUEST = Slots(memory_mib=8, dirty_mib_s=8, disk_pause_us=300, sign_ms=50, flushes=True)
+GUEST = Slots(memory_mib=8, dirty_mib_s=8, disk_pause_us=1000, sign_ms=50, flushes=True)
 STALL_LIMIT_S = 2.0
 FREEZE_LIMIT_S = 5.0
 SETTLE_LIMIT_S = 60.0
@@ -180,6 +180,11 @@ class Lane:
         await self.create(daemon, name, strategy=strategy)
         await self.restores(daemon, name)
         await self.tidy(daemon)
+
+    async def delete_all(self, daemon: Forged) -> None:
+        """Delete every snapshot, the oldest first."""
+        for name in await self.listed(daemon):
+            await daemon.call("DeleteSnapshot", vm=VM, request={"name": name})
 
     async def start_if_off(self, daemon: Forged) -> None:
         """Once the daemon is done with a QEMU that has ended: start another, as its user would.

@@ -12,7 +12,6 @@ from pathlib import Path
 import trio
 
 UNMOUNT_LIMIT_S = 30.0
-AGAIN_S = 0.05
 MIB = 1 << 20
 
 _SHUTDOWN = 0x8004_587D
@@ -51,10 +50,8 @@ class Medium:
             await run("mount", "-o", "loop", self._image, self.path)
 
     async def unmount(self) -> None:
-        """Once nobody uses it any more; the caller sees to that."""
-        with trio.fail_after(UNMOUNT_LIMIT_S):
-            while not await succeeds("umount", self.path):  # noqa: ASYNC110 -- nobody tells
-                await trio.sleep(AGAIN_S)
+        """Also if somebody has a file of it open: a QEMU may."""
+        await run("umount", "--lazy", self.path)
 
     @property
     def free_bytes(self) -> int:
@@ -78,10 +75,14 @@ class Medium:
         """Take away what `fill` has put there."""
         self._filler.unlink(missing_ok=True)
 
-    async def limit(self, size_bytes: int | None) -> None:
+    async def limit(self, size_bytes: int) -> None:
         """Give it a quota; btrfs only."""
-        amount = "none" if size_bytes is None else str(size_bytes)
-        await run("btrfs", "qgroup", "limit", amount, self.path)
+        await run("btrfs", "quota", "enable", self.path)
+        await run("btrfs", "qgroup", "limit", str(size_bytes), self.path)
+
+    async def lift(self) -> None:
+        """Take the quota away: all of it, for a limit that is used up cannot be raised."""
+        await run("btrfs", "quota", "disable", self.path)
 
     async def stall(self) -> None:
         """Let every writer wait."""
@@ -115,8 +116,6 @@ async def open_medium(kind: Kind, folder: Path, size_bytes: int) -> AsyncIterato
     medium = Medium(kind, path, image, size_bytes)
     await medium.mount()
     try:
-        if kind is Kind.BTRFS:
-            await run("btrfs", "quota", "enable", path)
         yield medium
     finally:
         with trio.fail_after(UNMOUNT_LIMIT_S, shield=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import trio
 
 from qsnapd.faults import Action, Point
+from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import END_LIMIT_S, Forged
 from tests.attacks.lane import STALL_LIMIT_S, Lane
 
@@ -77,6 +78,23 @@ class Faults:
         else:
             await lane.settled(daemon)
             await daemon.end()
+
+
+@dataclass(frozen=True)
+class Planted:
+    """An attack on one job by faults."""
+
+    strategy: Strategy
+    """Of the checkpoint that the job takes, or is about."""
+    faults: Faults
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, {self.faults}"
+
+
+def between(first: Point, last: Point) -> list[Point]:
+    """All points from one to another, in the order of their numbers."""
+    return [point for point in Point if first.number <= point.number <= last.number]
 
 
 def each(points: Iterable[Point], *before: Fault) -> list[Faults]:

@@ -8,7 +8,7 @@ from qsnapd.faults import Action, Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import Forged
 from tests.attacks.lane import Lane, difference, outcome
-from tests.attacks.planted import Faults, died, each, spelled
+from tests.attacks.planted import Planted, between, died, each, spelled
 from tests.real.footprint import Footprint
 
 TARGET = "target"
@@ -16,15 +16,8 @@ _TAKING_BACK = (Point.TAKE_BACK_NOTED, Point.TAKE_BACK_WITHDRAWN, Point.REVERT_U
 
 
 @dataclass(frozen=True)
-class Reverting:
+class Reverting(Planted):
     """One revert that goes wrong."""
-
-    strategy: Strategy
-    """Of the checkpoint that is reverted to."""
-    faults: Faults
-
-    def __str__(self) -> str:
-        return f"{self.strategy}, {self.faults}"
 
     async def attack(self, lane: Lane) -> None:
         """Do it once. Raises: AssertionError: what is wrong afterwards."""
@@ -53,8 +46,7 @@ class Reverting:
 
 
 def reverting(strategy: Strategy) -> list[Reverting]:
-    numbers = range(Point.REVERT_PLANNED.number, Point.REVERTED.number + 1)
-    points = [point for point in Point if point.number in numbers]
+    points = between(Point.REVERT_PLANNED, Point.REVERTED)
     return [Reverting(strategy, faults) for faults in each(points)]
 
 

@@ -4,7 +4,7 @@ Each attack is on a real QEMU, whose guest checks itself; after each, the next c
 and restores. What was done and found is told at the end of the run, as tables.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from tests.tallies import Number, Record, count
 PLANTED = tuple(planted())
 
 
-def _each(batches: Iterator[Batch] | tuple[Batch, ...]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("batch", batches, ids=str)
+def _each(batches: Iterable[Batch]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("batch", tuple(batches), ids=str)
 
 
 def test_every_point_is_struck() -> None:

@@ -6,6 +6,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import pytest
+
 from tests.bench.notebook import BACKGROUND, FLOOR, Measurement
 from tests.bench.restore_summary import summarize_restores
 from tests.bench.restoring import name_of
@@ -13,6 +15,8 @@ from tests.bench.summary import PAUSE_OVER_FLOOR, Line, Results, summarize
 from tests.parts import BACKPORTS_QEMU, ROOT, SYSTEM_QEMU
 
 QUICK_LIMIT_S = 400.0
+
+pytestmark = pytest.mark.alone
 
 
 def test_a_quick_bench_measures_everything(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ async def test_a_clone_that_does_not_start_leaves_nothing(tmp_path: Path) -> Non
             with pytest.raises(VmError, match=r"QEMU says.*/missing/qmp"):
                 await rig.clone(VM, CloneRequest(name="s", clone="two", qmp="/missing/qmp"))
             assert files(vm, tmp_path) == before
-            assert [info.name for info in rig.host.vms()] == [VM]
+            assert [info.name for info in await rig.host.look_at_all()] == [VM]
 
 
 POINTS = (
@@ -303,7 +303,7 @@ async def test_cancelled(
                 await job.wait()
         assert vm.pid == pid
         assert files(vm, tmp_path) == before
-        assert [info.name for info in rig.host.vms()] == [VM]
+        assert [info.name for info in await rig.host.look_at_all()] == [VM]
         await rig.clone(VM, CloneRequest(name="s", clone="two"))
         assert rig.host.vm("two").state == "running"
 

@@ -175,6 +175,12 @@ class FakeHost:
         self.left = trio.Event()
         self._subscribers: set[trio.MemorySendChannel[Event]] = set()
 
+    async def look_at_all(self) -> tuple[VmInfo, ...]:
+        return self.vms()
+
+    async def look(self, name: str) -> VmInfo:
+        return self.vm(name)
+
     def vms(self) -> tuple[VmInfo, ...]:
         return (self._info("vm1", self.condition), self._info("vm2", Condition.SHUTOFF_SHUTDOWN))
 

@@ -113,6 +113,7 @@ def test_a_state_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_a_snapshot_comes_into_being_by_its_commit(vm: VmStore) -> None:
     staging = vm.stage("s1")
     (staging / "memory.img").write_bytes(b"image")
+    (vm.directory / ".mine.partial").write_text("a stranger's, and no folder")
     assert vm.partials() == ("s1",)
     assert vm.snapshots() == {}
     vm.commit("s1", manifest("s1"))

@@ -8,7 +8,6 @@ from qsnapd.model.base import Frozen
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobInfo
 from qsnapd.model.names import VmName
-from qsnapd.threads import in_thread
 
 
 class JobReply(Frozen):
@@ -63,7 +62,7 @@ class Subscribe(Method):
 
     async def answer(self, host: Host, more: More | None) -> EventReply:
         if self.vm is not None:
-            await in_thread(host.vm, self.vm)
+            host.name_of(self.vm)
         assert more is not None, "the server refuses Subscribe without more"
         with host.subscribe() as events:
             await more(EventReply(event=None))

@@ -6,7 +6,6 @@ from qsnapd.control.methods.base import Method, More
 from qsnapd.model.base import Frozen
 from qsnapd.model.names import VmName
 from qsnapd.model.vm import DiskInfo, VmInfo
-from qsnapd.threads import in_thread
 
 
 class VmsReply(Frozen):
@@ -25,7 +24,7 @@ class ListVms(Method):
     """List the configured VMs, by name."""
 
     async def answer(self, host: Host, more: More | None) -> VmsReply:
-        return VmsReply(vms=await in_thread(host.vms))
+        return VmsReply(vms=await host.look_at_all())
 
 
 class GetVm(Method):
@@ -34,7 +33,7 @@ class GetVm(Method):
     vm: VmName
 
     async def answer(self, host: Host, more: More | None) -> VmReply:
-        return VmReply(vm=await in_thread(host.vm, self.vm))
+        return VmReply(vm=await host.look(self.vm))
 
 
 class ListDisks(Method):
@@ -54,7 +53,7 @@ class Suspend(Method):
 
     async def answer(self, host: Host, more: More | None) -> VmReply:
         await host.suspend(self.vm)
-        return VmReply(vm=await in_thread(host.vm, self.vm))
+        return VmReply(vm=await host.look(self.vm))
 
 
 class Resume(Method):
@@ -65,4 +64,4 @@ class Resume(Method):
 
     async def answer(self, host: Host, more: More | None) -> VmReply:
         await host.resume(self.vm)
-        return VmReply(vm=await in_thread(host.vm, self.vm))
+        return VmReply(vm=await host.look(self.vm))
