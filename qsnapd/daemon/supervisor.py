@@ -82,6 +82,8 @@ class Supervisor:
         """Returns what is stored of all other VMs. Blocks."""
         self.tracker = Tracker(self._condition_changed)
         self.attached: AttachedVm | None = None
+        self.is_entering = False
+        """Some QEMU answers, and is about to be attached; a job that runs mends what it leaves."""
         self.problem: str | None = "not connected yet"
         self.job: Job | None = None
         self.last_job: Job | None = None
@@ -143,7 +145,9 @@ class Supervisor:
         try:
             async with open_bridge(self.qmp, name=self.name) as (bridge, sock):
                 vm = await attach(self.name, bridge, sock, self.tracker)
+                self.is_entering = True
                 await self._enter(vm)
+                self.is_entering = False
                 await trio.sleep_forever()
         except NobodyListens as exc:
             if self.tracker.condition is Condition.NOSTATE_UNKNOWN:
@@ -152,7 +156,7 @@ class Supervisor:
         except QsnapError as exc:
             self.note_problem(exc)
         finally:
-            self.attached = None
+            self.attached, self.is_entering = None, False
             self._announce()
         if vm is not None:
             await self._leave(vm)
@@ -310,6 +314,11 @@ class Supervisor:
             self._hurry = trio.Event()
             await self._changed.wait()
         return self.attached
+
+    async def wait_entered(self) -> None:
+        """Wait until no QEMU is about to be attached."""
+        while self.is_entering:
+            await self._changed.wait()
 
     async def wait_settled(self) -> None:
         """Wait until a QEMU is attached, or none can be."""

@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qsnapd.model.snapshot import Strategy
-from tests.attacks import cloning, creating, deleting, disks, ended, killing, quiescing, reverting
+from tests.attacks import (
+    cloning,
+    creating,
+    deleting,
+    disks,
+    ended,
+    killing,
+    misbehaving,
+    quiescing,
+    reverting,
+)
 from tests.attacks.campaign import CASES_PER_VM, Attack, OpenLane
 from tests.attacks.killing import DaemonKilled, JobAborted, QemuKilled, Work
 from tests.attacks.lane import open_agent_lane, open_lane
@@ -93,6 +103,14 @@ def on_bad_disks() -> Iterator[Batch]:
         for qemu in (NEWEST, OLDEST):
             attacks = list(disks.failures(failure, 6 * TIMES, SEED))
             yield from _batches(f"disk {failure}", qemu, attacks, disks.lanes_on(failure.kind))
+
+
+def misbehaviour() -> Iterator[Batch]:
+    """A QEMU that is killed, hung, started again, taken for another, or steered by others."""
+    for qemu, how_many in ((NEWEST, 30), (OLDEST, 10)):
+        attacks = misbehaving.every() if LONG else misbehaving.some(how_many)
+        lanes = misbehaving.open_ported_lane
+        yield from _batches("misbehaves at points", qemu, attacks, lanes)
 
 
 def _batches(

@@ -11,6 +11,8 @@ from tests.attacks.lane import STALL_LIMIT_S, Lane
 
 Fault = tuple[Point, Action]
 
+_FAILURES = (Action.ERROR, Action.HANG, Action.KILL)
+
 IN_THREADS = frozenset(
     {
         Point.FINISH_SYNCED,
@@ -80,13 +82,13 @@ class Faults:
 
 
 def each(points: Iterable[Point], *before: Fault) -> list[Faults]:
-    """Every action at each of the points, behind faults that have to come *before*."""
-    return [Faults((*before, (point, action))) for point in points for action in Action]
+    """Every failure at each of the points, behind faults that have to come *before*."""
+    return [Faults((*before, (point, action))) for point in points for action in _FAILURES]
 
 
 def each_later(points: Iterable[Point], *first: Fault) -> list[Faults]:
-    """Every action at each of the points in the daemon that comes after *first* have struck."""
-    return [Faults(first, ((point, action),)) for point in points for action in Action]
+    """Every failure at each of the points in the daemon that comes after *first* have struck."""
+    return [Faults(first, ((point, action),)) for point in points for action in _FAILURES]
 
 
 async def died(daemon: Forged) -> None:
