@@ -17,7 +17,15 @@ from qsnapd.daemon.limits import Limits
 from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.remembered import recall, remember
 from qsnapd.daemon.thawing import Thawer
-from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
+from qsnapd.errors import (
+    NobodyListens,
+    QsnapError,
+    SessionLost,
+    StoreError,
+    VmBusy,
+    VmError,
+    WrongState,
+)
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition, State
@@ -223,18 +231,34 @@ class Supervisor:
             self._publish(Event(kind=kind, vm=self.name, at=at, event=event, detail=detail))
 
     async def _keep_condition(self) -> None:
-        """Write the condition down after each change, so that the next daemon knows reasons."""
+        """Write the condition down after each change, so that the next daemon knows reasons.
+
+        It is only as true as events are, so QEMU is asked as well, between jobs.
+        """
         while True:
             await self._unsaved.wait()
             self._unsaved = trio.Event()
             vm = self.attached
             if vm is None:
                 continue
+            await self._confirm_condition(vm)
             remembered = partial(remember, self.store, vm.identity, self.tracker.condition)
             try:
                 await in_thread(remembered)
             except StoreError as exc:
                 _log.warning("VM %s: the next daemon will not know its state: %s", self.name, exc)
+
+    async def _confirm_condition(self, vm: AttachedVm) -> None:
+        if self.job is not None:
+            return  # it asks for itself
+        heard = self.tracker.heard
+        try:
+            status = (await vm.session.execute(QueryStatus())).status
+        except VmError as exc:
+            _log.debug("VM %s: its state is not confirmed: %s", self.name, exc)
+            return
+        if (self.job, self.attached, self.tracker.heard) == (None, vm, heard):
+            self.tracker.on_asked(status)
 
     def _remembered(self, vm: AttachedVm) -> Condition | None:
         """What is known of this very process from before this session."""
@@ -273,6 +297,7 @@ class Supervisor:
         """The job has ended."""
         self.last_job, self.job = self.job, None
         self.thawer.look()
+        self._unsaved.set()
 
     def require_attached(self) -> AttachedVm:
         """The VM as it is attached now. Raises: WrongState: it is not, and why."""

@@ -15,6 +15,8 @@ from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.supervisor import Supervisor
 from qsnapd.errors import SessionLost, WrongState
 from qsnapd.model.job import JobKind
+from qsnapd.qmp.commands import QueryStatus, StatusInfo
+from qsnapd.qmp.transport import QmpEvent
 from qsnapd.snapshot.job import Job
 from qsnapd.store.layout import Store
 from qsnapd.store.renaming import RENAMING_NAME, Renaming, copy_snapshot
@@ -80,6 +82,33 @@ async def test_whoever_attaches_while_a_job_ends_is_mended(
             await trio.testing.wait_all_tasks_blocked()
             await Standing(supervisor, print, qemu_img="qemu-img").mend_after_job(job)
     assert mended == [vm]
+
+
+@pytest.mark.parametrize("newer", [False, True])
+async def test_an_event_that_was_lost_is_made_up_for(tmp_path: Path, newer: bool) -> None:
+    """By asking QEMU when a job has ended; but not with an answer older than the last event."""
+    with Store(tmp_path) as store:
+        supervisor = Supervisor(
+            *("vm1", tmp_path / "qmp", store.vm("vm1"), print),
+            qemu_img="qemu-img",
+            launcher=Spawn(),
+        )
+
+        class Answering:
+            session: "Answering"
+
+            async def execute(self, _command: QueryStatus) -> StatusInfo:
+                await trio.lowlevel.checkpoint()
+                if newer:
+                    supervisor.tracker.on_event(QmpEvent("STOP", {}, 0.0))
+                return StatusInfo(status="running", running=True)
+
+        vm = Answering()
+        vm.session = vm
+        supervisor.attached = cast("AttachedVm", vm)
+        supervisor.tracker.on_attached("paused", None)
+        await supervisor._confirm_condition(supervisor.attached)
+    assert supervisor.tracker.running is not newer
 
 
 async def test_a_rename_that_a_killed_daemon_had_begun_is_finished(
