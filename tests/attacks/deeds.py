@@ -189,7 +189,7 @@ class Culprit:
             await lane.settled(daemon, state="paused")
         else:
             await lane.settled(daemon, state="paused")
-        await daemon.call("ResumeVm", vm=VM)
+        await daemon.call("Resume", vm=VM)
 
 
 async def _settled_or_problem(lane: Lane, daemon: Forged) -> str | None:

@@ -48,6 +48,11 @@ class Garbling:
     """Number of the one, from BEGIN on, that has a fate; 0: none."""
     fate: Fate
 
+    def __str__(self) -> str:
+        words = [f"reply {self.reply} {self.fate}"] if self.reply else []
+        words += [f"events garbled by lot {self.seed}"] if self.events else []
+        return " and ".join(words)
+
     def as_order(self) -> dict[str, object]:
         return {**vars(self)}
 
@@ -123,4 +128,4 @@ def install(order: Mapping[str, Any]) -> None:
                         heappush(self._held, (clock() + delay_s, next(self._numbers), message))
             return heappop(self._held)[2]
 
-    bridge._Client = Garbled  # type: ignore[misc]
+    bridge._Client = Garbled  # type: ignore[misc, assignment]

@@ -15,10 +15,12 @@ from tests.attacks import (
     deleting,
     disks,
     ended,
+    garbling,
     killing,
     misbehaving,
     quiescing,
     reverting,
+    stopping,
 )
 from tests.attacks.campaign import CASES_PER_VM, Attack, OpenLane
 from tests.attacks.killing import DaemonKilled, JobAborted, QemuKilled, Work
@@ -106,11 +108,17 @@ def on_bad_disks() -> Iterator[Batch]:
 
 
 def misbehaviour() -> Iterator[Batch]:
-    """A QEMU that is killed, hung, started again, taken for another, or steered by others."""
-    for qemu, how_many in ((NEWEST, 30), (OLDEST, 10)):
-        attacks = misbehaving.every() if LONG else misbehaving.some(how_many)
-        lanes = misbehaving.open_ported_lane
-        yield from _batches("misbehaves at points", qemu, attacks, lanes)
+    """A QEMU that is killed, hung, started again, taken for another, stopped, or not understood."""
+    for qemu, how_many in ((NEWEST, 22), (OLDEST, 8)):
+        at_points = misbehaving.every() if LONG else misbehaving.some(how_many, SEED + how_many)
+        ported = misbehaving.open_ported_lane
+        yield from _batches("misbehaves at points", qemu, at_points, ported)
+        taken = misbehaving.taken() if LONG or qemu is NEWEST else misbehaving.taken()[:1]
+        yield from _batches("monitor taken", qemu, taken, ported)
+        full = stopping.io_errors() if LONG or qemu is NEWEST else stopping.io_errors()[:1]
+        yield from _batches("guest stopped by I/O error", qemu, full, stopping.open_filling_lane)
+        garbled = garbling.by_lot(12 if qemu is NEWEST else 6, SEED)
+        yield from _batches("messages garbled", qemu, garbling.every() if LONG else garbled)
 
 
 def _batches(

@@ -47,6 +47,8 @@ class Lane:
         self.folder = folder
         self.medium = medium
         """Its store is there, if it has one of its own."""
+        self.overlays: Medium | None = None
+        """Overlays may lie there, if there is one."""
         self.state_dir = (medium.path if medium is not None else folder) / "state"
         self.log = folder / "log"
         self._patient, self._impatient = folder / "qsnapd.toml", folder / "impatient.toml"

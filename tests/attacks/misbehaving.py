@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from qsnapd.errors import QsnapError
+from qsnapd.errors import QsnapError, WrongState
 from qsnapd.faults import Action, Point
 from tests.attacks.deeds import REPLY_LIMIT_S, Culprit, Deed, extra_arguments
 from tests.attacks.forge import Forge, Forged
@@ -24,8 +24,10 @@ from tests.attacks.lane import (
     open_lane,
     outcome,
 )
-from tests.attacks.planted import spelled
+from tests.attacks.planted import died, spelled
+from tests.monitor import Monitor
 from tests.parts import Qemu
+from tests.real.cases import VM
 
 _STILL = (Point.CAPTURE_STOPPED, Point.CAPTURE_PIVOTED, Point.CAPTURE_SAVING)
 POINTS = {
@@ -53,7 +55,6 @@ POINTS = {
 }
 
 _PLACES = [(work, point) for work in Work for point in POINTS[work]]
-SEED = 5
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Misbehaves:
             await daemon.end()
         async with lane.daemon() as daemon:
             await lane.settled(daemon)
-            await job.require_whole(daemon, error)
+            await job.require_whole(daemon, await job.finish(daemon, error))
             await daemon.end()
 
     async def _struck(self, job: Job, daemon: Forged, culprit: Culprit) -> QsnapError | None:
@@ -107,6 +108,50 @@ class Misbehaves:
             daemon.signal(signal.SIGCONT)
             await culprit.later()
         return error
+
+
+@dataclass(frozen=True)
+class MonitorTaken:
+    """A daemon is killed, and another client has the monitor before the next one."""
+
+    work: Work
+    point: Point
+
+    def __str__(self) -> str:
+        return f"monitor taken, {self.work}, {self.point.name}"
+
+    async def attack(self, lane: Lane) -> None:
+        """Do it once. Raises: AssertionError: what is wrong afterwards."""
+        async with lane.daemon() as daemon:
+            await lane.settled(daemon)
+            job = await Job.prepared(lane, daemon, self.work)
+            await daemon.end()
+        async with lane.daemon(spelled([(self.point, Action.STOP)])) as daemon:
+            await lane.settled(daemon)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(outcome, partial(job.do, daemon)))
+                await stands(daemon)
+                daemon.signal(signal.SIGKILL)
+                await died(daemon)
+        async with await trio.open_unix_socket(lane.vm.qmp) as other:
+            await Monitor(other).greet()
+            async with lane.daemon() as daemon:
+                await _told_busy(daemon)
+                await other.aclose()
+                await lane.settled(daemon)
+                error = await job.finish(daemon, WrongState("its daemon was killed"))
+                await job.require_whole(daemon, error)
+                await daemon.end()
+
+
+async def _told_busy(daemon: Forged) -> None:
+    """It says that somebody else has the monitor."""
+    with trio.fail_after(SETTLE_LIMIT_S):
+        while True:
+            vm = (await daemon.call("GetVm", vm=VM))["vm"]
+            if vm["problem"] and "one client" in vm["problem"]:
+                return
+            await trio.sleep(LOOK_AGAIN_S)
 
 
 async def stands(daemon: Forged) -> None:
@@ -127,10 +172,20 @@ def every() -> list[Misbehaves]:
     return [Misbehaves(deed, *place) for deed, place in product(Deed, _PLACES)]
 
 
-def some(how_many: int) -> list[Misbehaves]:
+def taken() -> list[MonitorTaken]:
+    """The monitor, while a guest stands still, or works on an overlay."""
+    return [
+        MonitorTaken(Work.STOPPED, Point.CAPTURE_SAVING),
+        MonitorTaken(Work.BACKGROUND, Point.CAPTURE_RELEASED),
+        MonitorTaken(Work.REVERT, Point.REVERT_KEPT),
+        MonitorTaken(Work.DELETE, Point.DELETE_AT_REST),
+    ]
+
+
+def some(how_many: int, seed: int) -> list[Misbehaves]:
     """So many of them: all deeds in turn, each at other points."""
     places = _PLACES.copy()
-    random.Random(SEED).shuffle(places)
+    random.Random(seed).shuffle(places)
     pairs = zip(cycle(Deed), cycle(places), strict=False)
     return [Misbehaves(deed, *place) for deed, place in islice(pairs, how_many)]
 

@@ -19,7 +19,7 @@ PLANTED = tuple(planted())
 
 
 def _each(batches: Iterator[Batch] | tuple[Batch, ...]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("batch", batches, ids=str)
+    return pytest.mark.parametrize("batch", tuple(batches), ids=str)
 
 
 def test_every_point_is_struck() -> None:
