@@ -6,6 +6,7 @@ once. Each of them strikes once, when its point is reached first:
     error   a foreseeable failure is raised there
     hang    what goes on there never ends by itself
     kill    the process gets SIGKILL
+    stop    the process gets SIGSTOP, and goes on there at SIGCONT
 
 The points are the transitions of jobs: what was done before one is true, what comes after it is
 not begun. `qsnapd faults` lists them.
@@ -37,6 +38,8 @@ class Action(StrEnum):
     ERROR = "error"
     HANG = "hang"
     KILL = "kill"
+    STOP = "stop"
+    """What others do meanwhile, they do at exactly this point."""
 
 
 class Point(Enum):
@@ -197,6 +200,8 @@ def _strike(point: Point) -> Action:
     _log.warning("a planted fault strikes: %s at point %d, %s", action, point.number, point.name)
     if action is Action.KILL:
         _die()
+    if action is Action.STOP:
+        os.kill(os.getpid(), signal.SIGSTOP)
     if action is Action.ERROR:
         raise PlantedFault(f"a fault was planted at point {point.number}: {point.words}")
     return action

@@ -60,8 +60,9 @@ def reconcile(config_file: Path, resume_only: bool) -> None:
 def list_faults() -> None:
     """List the points at which a fault can be planted, to see what it leaves.
 
-    QSNAPD_FAULT=NUMBER:error, :hang or :kill, in the environment of `qsnapd serve`, makes a job
-    fail there, never come further, or the daemon die. Several go behind commas.
+    QSNAPD_FAULT=NUMBER:error, :hang, :kill or :stop, in the environment of `qsnapd serve`, makes a
+    job fail there, never come further, or the daemon die, or stop until SIGCONT. Several go behind
+    commas.
     """
     from qsnapd.faults import Point
 

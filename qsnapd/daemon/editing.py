@@ -115,9 +115,10 @@ async def claimed(
     finally:
         supervisor.job = None  # not worth being anybody's last one
         supervisor.thawer.look()
-        vm = supervisor.attached
-        if vm not in (None, before):  # who attaches while a job runs is not looked after
-            with trio.move_on_after(MEND_LIMIT_S, shield=True), suppress(QsnapError):
+        with trio.move_on_after(MEND_LIMIT_S, shield=True), suppress(QsnapError):
+            await supervisor.wait_entered()
+            vm = supervisor.attached
+            if vm not in (None, before):  # who attaches while a job runs is not looked after
                 await supervisor.look_after(vm)
 
 

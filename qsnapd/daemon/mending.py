@@ -44,6 +44,7 @@ class Mended(Seat, Protocol):
     """The VM's supervisor, as far as mending needs it."""
 
     problem: str | None
+    is_entering: bool
     others: Others
     provisions: Provisions
 
@@ -160,7 +161,7 @@ class Mender:
             self.leave_alone(job.stalled)
         vm = self._vm.attached  # kept: it may go meanwhile
         if vm is None:
-            return True
+            return not self._vm.is_entering  # whoever attaches it leaves that to us
         try:
             if await self._journal_stands():
                 await self.mend(vm)

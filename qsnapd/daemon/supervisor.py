@@ -17,7 +17,15 @@ from qsnapd.daemon.limits import Limits
 from qsnapd.daemon.mending import Mender
 from qsnapd.daemon.remembered import recall, remember
 from qsnapd.daemon.thawing import Thawer
-from qsnapd.errors import NobodyListens, QsnapError, SessionLost, StoreError, VmBusy, WrongState
+from qsnapd.errors import (
+    NobodyListens,
+    QsnapError,
+    SessionLost,
+    StoreError,
+    VmBusy,
+    VmError,
+    WrongState,
+)
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind
 from qsnapd.model.state import Condition, State
@@ -82,6 +90,8 @@ class Supervisor:
         """Returns what is stored of all other VMs. Blocks."""
         self.tracker = Tracker(self._condition_changed)
         self.attached: AttachedVm | None = None
+        self.is_entering = False
+        """Some QEMU answers, and is about to be attached; a job that runs mends what it leaves."""
         self.problem: str | None = "not connected yet"
         self.job: Job | None = None
         self.last_job: Job | None = None
@@ -143,7 +153,9 @@ class Supervisor:
         try:
             async with open_bridge(self.qmp, name=self.name) as (bridge, sock):
                 vm = await attach(self.name, bridge, sock, self.tracker)
+                self.is_entering = True
                 await self._enter(vm)
+                self.is_entering = False
                 await trio.sleep_forever()
         except NobodyListens as exc:
             if self.tracker.condition is Condition.NOSTATE_UNKNOWN:
@@ -152,7 +164,7 @@ class Supervisor:
         except QsnapError as exc:
             self.note_problem(exc)
         finally:
-            self.attached = None
+            self.attached, self.is_entering = None, False
             self._announce()
         if vm is not None:
             await self._leave(vm)
@@ -219,18 +231,34 @@ class Supervisor:
             self._publish(Event(kind=kind, vm=self.name, at=at, event=event, detail=detail))
 
     async def _keep_condition(self) -> None:
-        """Write the condition down after each change, so that the next daemon knows reasons."""
+        """Write the condition down after each change, so that the next daemon knows reasons.
+
+        It is only as true as events are, so QEMU is asked as well, between jobs.
+        """
         while True:
             await self._unsaved.wait()
             self._unsaved = trio.Event()
             vm = self.attached
             if vm is None:
                 continue
+            await self._confirm_condition(vm)
             remembered = partial(remember, self.store, vm.identity, self.tracker.condition)
             try:
                 await in_thread(remembered)
             except StoreError as exc:
                 _log.warning("VM %s: the next daemon will not know its state: %s", self.name, exc)
+
+    async def _confirm_condition(self, vm: AttachedVm) -> None:
+        if self.job is not None:
+            return  # it asks for itself
+        heard = self.tracker.heard
+        try:
+            status = (await vm.session.execute(QueryStatus())).status
+        except VmError as exc:
+            _log.debug("VM %s: its state is not confirmed: %s", self.name, exc)
+            return
+        if (self.job, self.attached, self.tracker.heard) == (None, vm, heard):
+            self.tracker.on_asked(status)
 
     def _remembered(self, vm: AttachedVm) -> Condition | None:
         """What is known of this very process from before this session."""
@@ -269,6 +297,7 @@ class Supervisor:
         """The job has ended."""
         self.last_job, self.job = self.job, None
         self.thawer.look()
+        self._unsaved.set()
 
     def require_attached(self) -> AttachedVm:
         """The VM as it is attached now. Raises: WrongState: it is not, and why."""
@@ -310,6 +339,11 @@ class Supervisor:
             self._hurry = trio.Event()
             await self._changed.wait()
         return self.attached
+
+    async def wait_entered(self) -> None:
+        """Wait until no QEMU is about to be attached."""
+        while self.is_entering:
+            await self._changed.wait()
 
     async def wait_settled(self) -> None:
         """Wait until a QEMU is attached, or none can be."""

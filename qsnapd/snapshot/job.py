@@ -14,6 +14,7 @@ from qsnapd.errors import (
     JobStalled,
     QsnapError,
     StoreError,
+    VmError,
     WrongState,
 )
 from qsnapd.faults import Point
@@ -197,6 +198,9 @@ class Job:
                 self.effect is Effect.UNKNOWN and exc.effect is not Effect.GUEST_PAUSED
             ):
                 exc.effect = self.effect
+            if exc.effect is Effect.UNKNOWN and isinstance(exc, VmError):
+                outcome = self.outcome or _OUTCOMES[exc.effect]
+                exc.add(outcome[0].upper() + outcome[1:])
         except OSError as exc:
             # The world's doing, wherever it was not foreseen: no reason to end other VMs' daemon.
             _log.exception("VM %s: the %s job failed", self.vm, self.kind)

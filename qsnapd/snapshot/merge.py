@@ -7,6 +7,7 @@ and nothing is merged into an image that has been written to since.
 
 import json
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ _HEADER_BYTES = 104
 _FEATURES = slice(72, 80)
 """Of a qcow2 header, version 3: incompatible features, big-endian."""
 _EXTERNAL_DATA_FILE = 1 << 2
+_LOCKED = re.compile(r'Failed to get (shared )?"\w[\w ]*" lock')
+_IN_USE = (
+    "another process has one of the two open, as a QEMU that was started since, without what the "
+    "overlay holds. Shut that down, and it is tried again"
+)
 
 
 async def holds_data(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: str) -> bool:
@@ -33,18 +39,18 @@ async def holds_data(pivot: PivotPlan, inodes: frozenset[int], *, qemu_img: str)
 
     *inodes* are the files the job has made or was given; an overlay that is none of them, or
     is gone, is left alone; of one on a block device, whose name gets another inode with each
-    start of the host, what it says it covers is looked at instead. qemu-img takes the images'
-    locks: it refuses rather than corrupts.
+    start of the host, what it says it covers is looked at instead. qemu-img takes the overlay's
+    lock: one that a QEMU has open is no leftover. The image below may be in use.
 
     Raises: StoreError: it cannot be looked at.
     """
     with _opened(pivot, inodes) as pair:
         if pair is None:
             return False
-        source = _image_options(pivot, *pair)
-        command = [qemu_img, "map", "--output=json", "--image-opts", source]
-        mapping = json.loads(await _run(command, *pair))
-        return any(extent["depth"] == 0 for extent in mapping)
+        mapping = json.loads(
+            await _run([qemu_img, "map", "--output=json", _by_itself(pair[0])], *pair)
+        )
+        return any(extent["present"] for extent in mapping)
 
 
 def require_unwritten(pivot: PivotPlan, inodes: frozenset[int]) -> None:
@@ -142,6 +148,12 @@ def _image_options(pivot: PivotPlan, overlay: int, base: int) -> str:
     return ",".join(f"{name}={value}" for name, value in options.items())
 
 
+def _by_itself(overlay: int) -> str:
+    """The overlay as if nothing were below it."""
+    file = {"driver": _driver(overlay), "filename": f"/proc/self/fd/{overlay}"}
+    return f"json:{json.dumps({'driver': 'qcow2', 'file': file, 'backing': None})}"
+
+
 def _driver(fd: int) -> str:
     return "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
 
@@ -162,7 +174,8 @@ async def _run(command: list[str], overlay: int, base: int) -> bytes:
                 **identity,
             )
     except subprocess.CalledProcessError as exc:
-        raise StoreError(exc.stderr.decode(errors="replace").strip()) from exc
+        complaint = exc.stderr.decode(errors="replace").strip()
+        raise StoreError(_IN_USE if _LOCKED.search(complaint) else complaint) from exc
     except OSError as exc:
         raise StoreError(f"cannot run {command[0]}: {exc.strerror}") from exc
     except trio.TooSlowError:

@@ -5,6 +5,7 @@ have two: it was being put back to a snapshot, and its present state being kept 
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,7 +44,7 @@ from qsnapd.threads import in_thread
 from qsnapd.vm.attached import AttachedVm
 from qsnapd.vm.identity import identify
 from qsnapd.vm.launcher import Launcher
-from qsnapd.vm.proc import find_launched
+from qsnapd.vm.proc import FileKey, find_launched, open_files
 from qsnapd.vm.process import kill, still_runs, wait_gone
 
 THAW_LIMIT_S = 10.0
@@ -148,7 +149,7 @@ async def _recover_checkpoint(
     if entry is None:
         return None
     if not is_same(vm, entry):
-        return await _recover_dead_checkpoint(store, qemu_img)
+        return await _recover_dead_checkpoint(store, qemu_img, vm.identity.pid)
     plan = entry.plan
     assert isinstance(plan, CheckpointPlan)
     if plan.agent is not None:
@@ -178,7 +179,10 @@ async def _thaw(
         _log.warning("VM %s: %s (%s)", vm.name, may_be_frozen(vm.name), exc)
 
 
-async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
+async def _recover_dead_checkpoint(
+    store: VmStore, qemu_img: str, started_since: int | None = None
+) -> str | None:
+    """*started_since*: the process that the VM is now; what it was started on, stays."""
     entry = await in_thread(store.journal.read)
     if entry is None:
         return None
@@ -189,13 +193,36 @@ async def _recover_dead_checkpoint(store: VmStore, qemu_img: str) -> str | None:
             await in_thread(store.set_current, plan.name)
         await in_thread(store.journal.clear)
         return f"finished the snapshot {plan.name}, whose QEMU has ended"
+    used = await in_thread(_in_use, plan, started_since) if started_since is not None else ()
+    if used:
+        left = tuple(pivot for pivot in plan.pivots if pivot not in used)
+        plan = plan.model_copy(update={"pivots": left})
+        entry = entry.model_copy(update={"plan": plan})
     if entry.merge_back is not MergeBack.DONE:
         await _merge_overlays(store, entry, plan, qemu_img=qemu_img)
     await reach(Point.OFFLINE_MERGED)
     await in_thread(remove_files, entry)
     await reach(Point.OFFLINE_FILES_REMOVED)
     await _forget(plan, store)
-    return f"undid the unfinished snapshot {plan.name}, whose QEMU has ended"
+    words = f"undid the unfinished snapshot {plan.name}, whose QEMU has ended"
+    if not used:
+        return words
+    stay = ", ".join(pivot.overlay.path for pivot in used)
+    return f"{words}; the VM was started on its overlays since, which stay: {stay}"
+
+
+def _in_use(plan: CheckpointPlan, pid: int) -> tuple[PivotPlan, ...]:
+    """The disks whose overlays the process has open. Blocks. Raises: SessionLost, VmError."""
+    opened = open_files(pid)
+    return tuple(pivot for pivot in plan.pivots if _key(pivot.overlay.path) in opened)
+
+
+def _key(path: str) -> FileKey | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 async def _merge_overlays(

@@ -42,6 +42,8 @@ class Tracker:
 
     def __init__(self, observer: Observer) -> None:
         self.condition = Condition.NOSTATE_UNKNOWN
+        self.heard = 0
+        """How many events there have been: an answer that is older than one of them is void."""
         self._observer = observer
         self._announced: Condition | None = None
         self._pausing: Condition | None = None
@@ -55,6 +57,7 @@ class Tracker:
 
     def on_event(self, event: QmpEvent) -> None:
         """Follow one QEMU event."""
+        self.heard += 1
         if event.name == "SHUTDOWN" and self._ends_as is not None:
             return  # it is we who end it: no guest is being shut down
         self._announced = pending_after(self._announced, event)
@@ -78,6 +81,10 @@ class Tracker:
         self._announced = None
         self.become(from_status(status, remembered))
         self.held_by_user = self.condition is Condition.PAUSED_USER
+
+    def on_asked(self, status: str) -> None:
+        """Take QEMU's word for the state, if it is another: an event was lost, or came too late."""
+        self.become(from_status(status, self.condition))
 
     def on_exit(self, condition: Condition | None = None) -> None:
         """The process has ended; *condition* if somebody knows why."""

@@ -80,8 +80,14 @@ class Forge:
         environment: Mapping[str, str],
         *,
         file_limit_s: float = FILE_LIMIT_S,
+        reply_limit_s: float | None = None,
+        garbling: Mapping[str, object] | None = None,
     ) -> AsyncIterator[Forged]:
-        """Run `qsnapd serve` for the block; it is ready. On exit it was killed, if it still ran."""
+        """Run `qsnapd serve` for the block; it is ready. On exit it was killed, if it still ran.
+
+        *reply_limit_s*: it waits no longer for any reply of QEMU's. *garbling*: what becomes of
+        those, and of events; see `tests.attacks.garbling`.
+        """
         address = f"@qsnapd-forge-{os.getpid()}-{os.urandom(4).hex()}"
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             await ready.bind("\0" + address[1:])
@@ -90,6 +96,8 @@ class Forge:
                 "config": str(config),
                 "log": str(log),
                 "file_limit_s": file_limit_s,
+                "reply_limit_s": reply_limit_s,
+                "garbling": dict(garbling or {}),
                 "environment": {**environment, "NOTIFY_SOCKET": address},
             }
             async with self._turn:

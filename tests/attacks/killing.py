@@ -64,6 +64,18 @@ class Job:
                 return await self.lane.create(daemon, self.name, disk_only=True)
         return await self.lane.create(daemon, self.name, strategy=self.work)
 
+    async def finish(self, daemon: Forged, error: QsnapError | None) -> QsnapError | None:
+        """Ask again for a deletion that has failed half-way, as its user has to.
+
+        *error*: what the job has failed with, if it has. Returns with what it has failed in all.
+        """
+        if self.work is not Work.DELETE:
+            return error
+        if self.name in await self.lane.listed(daemon):
+            assert error is not None, "reported as deleted, and listed"
+            await self.do(daemon)
+        return None
+
     async def require_whole(self, daemon: Forged, error: QsnapError | None) -> None:
         """What it was to do was done, or not; no other snapshot is lost."""
         listed = set(await self.lane.listed(daemon))

@@ -8,14 +8,25 @@ hundred. QSNAPD_LONG=1 leaves nothing out, and draws five times as many.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qsnapd.faults import Action
 from qsnapd.model.snapshot import Strategy
-from tests.attacks import cloning, creating, deleting, disks, ended, killing, quiescing, reverting
+from tests.attacks import (
+    cloning,
+    creating,
+    deleting,
+    disks,
+    ended,
+    garbling,
+    killing,
+    misbehaving,
+    quiescing,
+    reverting,
+    stopping,
+)
 from tests.attacks.campaign import CASES_PER_VM, Attack, OpenLane
 from tests.attacks.killing import DaemonKilled, JobAborted, QemuKilled, Work
 from tests.attacks.lane import open_agent_lane, open_lane
 from tests.attacks.media import Kind
-from tests.attacks.planted import Faults
+from tests.attacks.planted import FAILURES, Faults
 from tests.long import LONG
 from tests.parts import Qemu, qemu_versions
 
@@ -100,9 +111,23 @@ def on_bad_disks() -> Iterator[Batch]:
             yield from _batches(f"disk {failure}", qemu, attacks, disks.lanes_on(failure.kind))
 
 
+def misbehaviour() -> Iterator[Batch]:
+    """A QEMU that is killed, hung, started again, taken for another, stopped, or not understood."""
+    for qemu, how_many in ((NEWEST, 22), (OLDEST, 8)):
+        at_points = misbehaving.every() if LONG else misbehaving.some(how_many, SEED + how_many)
+        ported = misbehaving.open_ported_lane
+        yield from _batches("misbehaves at points", qemu, at_points, ported)
+        taken = misbehaving.taken() if LONG or qemu is NEWEST else misbehaving.taken()[:1]
+        yield from _batches("monitor taken", qemu, taken, ported)
+        full = stopping.io_errors() if LONG or qemu is NEWEST else stopping.io_errors()[:1]
+        yield from _batches("guest stopped by I/O error", qemu, full, stopping.open_filling_lane)
+        garbled = garbling.by_lot(12 if qemu is NEWEST else 6, SEED)
+        yield from _batches("messages garbled", qemu, garbling.every() if LONG else garbled)
+
+
 def _some(attacks: Sequence[Attack]) -> Sequence[Attack]:
     """One way at each point, each in turn, of attacks that are in every way at each."""
-    ways = len(Action)
+    ways = len(FAILURES)
     return [a for n, a in enumerate(attacks) if LONG or n % ways == n // ways % ways]
 
 

@@ -3,7 +3,7 @@
 Its guest checks itself: it tells if its disks and its memory were ever of two instants.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Lane:
         self.folder = folder
         self.medium = medium
         """Its store is there, if it has one of its own."""
+        self.overlays: Medium | None = None
+        """Overlays may lie there, if there is one."""
         self.state_dir = (medium.path if medium is not None else folder) / "state"
         self.log = folder / "log"
         self._patient, self._impatient = folder / "qsnapd.toml", folder / "impatient.toml"
@@ -77,8 +79,17 @@ class Lane:
         return f"{what}{self._names}"
 
     @asynccontextmanager
-    async def daemon(self, faults: str = "") -> AsyncIterator[Forged]:
-        """Run a daemon that has *faults* planted; one that is to hang is soon fed up with that."""
+    async def daemon(
+        self,
+        faults: str = "",
+        *,
+        reply_limit_s: float | None = None,
+        garbling: Mapping[str, object] | None = None,
+    ) -> AsyncIterator[Forged]:
+        """Run a daemon that has *faults* planted; one that is to hang is soon fed up with that.
+
+        *reply_limit_s*, *garbling*: see `Forge.daemon`.
+        """
         environment = {"QSNAPD_FAULT": faults}
         hangs = Action.HANG in faults
         async with self._forge.daemon(
@@ -87,6 +98,8 @@ class Lane:
             self.log,
             environment,
             file_limit_s=STALL_LIMIT_S if hangs else FILE_LIMIT_S,
+            reply_limit_s=reply_limit_s,
+            garbling=garbling,
         ) as daemon:
             yield daemon
 
@@ -193,13 +206,13 @@ class Lane:
         """
         if await self.ended(daemon) == "running":
             return  # a revert has gone on
-        images = await trio.to_thread.run_sync(self._newest_images)
+        images = await trio.to_thread.run_sync(self.newest_images)
         rounds = self.vm.slots_report().ok_lines[-1].rounds
         for image in images:
             least = await trio.to_thread.run_sync(_least_writes, image)
             assert least >= rounds, f"{image}: {least} rounds are there of {rounds}"
         mark = len(self.vm.log_lines())
-        await trio.run_process(_on(self.vm.argv, self.vm.disks, images))
+        await self.start(images)
         await self.settled(daemon)
         await self.vm.wait_line(lambda line: line.startswith("OK"), since=mark)
 
@@ -213,7 +226,11 @@ class Lane:
                     return str(vm["state"])
                 await trio.sleep(LOOK_AGAIN_S)
 
-    def _newest_images(self) -> list[Path]:
+    async def start(self, images: Sequence[Path]) -> None:
+        """Start the VM's QEMU, with its own command line but these images; it listens."""
+        await trio.run_process(_on(self.vm.argv, self.vm.disks, images))
+
+    def newest_images(self) -> list[Path]:
         """What nothing lies over, of each disk; of several the one that was written to last."""
         images = [p for p in self.vm.folder.glob("disk[01].*") if p not in self.foreign]
         covered = {below for image in images for below in chain_of(image)[1:]}
@@ -279,11 +296,18 @@ async def outcome(attempt: Callable[[], Any]) -> QsnapError | None:
 
 @asynccontextmanager
 async def open_lane(
-    forge: Forge, qemu: Qemu, folder: Path, *, settings: str = "", medium: Medium | None = None
+    forge: Forge,
+    qemu: Qemu,
+    folder: Path,
+    *,
+    settings: str = "",
+    medium: Medium | None = None,
+    guest: Slots = GUEST,
+    extra: Sequence[str] = (),
 ) -> AsyncIterator[Lane]:
     """Have a VM under attack for the block; its guest is at work, and checks itself."""
     await trio.Path(folder).mkdir(parents=True, exist_ok=True)
-    async with open_vm(qemu, GUEST, disks=TWO_DISKS, memory_mib=96) as vm:
+    async with open_vm(qemu, guest, disks=TWO_DISKS, memory_mib=96, extra=extra) as vm:
         await vm.wait_line(lambda line: line.startswith("OK"))
         yield Lane(forge, vm, folder, qemu, settings, medium)
 

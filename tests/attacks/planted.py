@@ -12,6 +12,8 @@ from tests.attacks.lane import STALL_LIMIT_S, Lane
 
 Fault = tuple[Point, Action]
 
+FAILURES = (Action.ERROR, Action.HANG, Action.KILL)
+
 IN_THREADS = frozenset(
     {
         Point.FINISH_SYNCED,
@@ -98,13 +100,13 @@ def between(first: Point, last: Point) -> list[Point]:
 
 
 def each(points: Iterable[Point], *before: Fault) -> list[Faults]:
-    """Every action at each of the points, behind faults that have to come *before*."""
-    return [Faults((*before, (point, action))) for point in points for action in Action]
+    """Every failure at each of the points, behind faults that have to come *before*."""
+    return [Faults((*before, (point, action))) for point in points for action in FAILURES]
 
 
 def each_later(points: Iterable[Point], *first: Fault) -> list[Faults]:
-    """Every action at each of the points in the daemon that comes after *first* have struck."""
-    return [Faults(first, ((point, action),)) for point in points for action in Action]
+    """Every failure at each of the points in the daemon that comes after *first* have struck."""
+    return [Faults(first, ((point, action),)) for point in points for action in FAILURES]
 
 
 async def died(daemon: Forged) -> None:

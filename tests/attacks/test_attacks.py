@@ -12,7 +12,7 @@ import pytest
 from qsnapd.faults import Point
 from tests.attacks.campaign import carry_out
 from tests.attacks.forge import open_forge
-from tests.attacks.kinds import Batch, by_lot, on_bad_disks, planted
+from tests.attacks.kinds import Batch, by_lot, misbehaviour, on_bad_disks, planted
 from tests.tallies import Number, Record, count
 
 PLANTED = tuple(planted())
@@ -42,6 +42,13 @@ async def test_struck_at_any_instant(
 @_each(on_bad_disks())
 async def test_bad_disks(batch: Batch, tmp_path: Path, record_property: Record) -> None:
     await _attack(batch, "disks that fill up or fail", tmp_path, record_property)
+
+
+@_each(misbehaviour())
+async def test_qemu_that_misbehaves(
+    batch: Batch, tmp_path: Path, record_property: Record
+) -> None:
+    await _attack(batch, "QEMU that misbehaves", tmp_path, record_property)
 
 
 async def _attack(batch: Batch, table: str, folder: Path, record: Record) -> None:

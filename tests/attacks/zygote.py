@@ -1,8 +1,8 @@
 """Daemons that start at once: forked from a process that has imported everything.
 
 stdin: a socket of sequenced packets. Each asks for a daemon: {"words", "config", "environment",
-"log", "file_limit_s"}; the answer is its pid. Ends, and leaves its daemons alone, when that socket
-is closed.
+"log", "file_limit_s", "reply_limit_s", "garbling"}; the answer is its pid. Ends, and leaves its
+daemons alone, when that socket is closed.
 """
 
 import json
@@ -15,6 +15,8 @@ from typing import Any
 import qsnapd.daemon  # noqa: F401 -- what takes long to import
 from qsnapd import threads
 from qsnapd.cli.daemon import main as run_qsnapd
+from qsnapd.qmp.commands import Command
+from tests.attacks import garbled
 
 
 def main() -> None:
@@ -36,9 +38,20 @@ def become_daemon(order: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(order["environment"])
+    if order["garbling"]:
+        garbled.install(order["garbling"])
     threads.FILE_LIMIT_S = order["file_limit_s"]
+    if (limit_s := order["reply_limit_s"]) is not None:
+        shorten(Command, limit_s)
     sys.argv = ["qsnapd", *order["words"], "--config", order["config"]]
     run_qsnapd()
+
+
+def shorten(command: type[Command[Any]], limit_s: float) -> None:
+    """Let no reply to it, or to what is derived from it, be waited for any longer."""
+    command.timeout_s = min(command.timeout_s, limit_s)
+    for derived in command.__subclasses__():
+        shorten(derived, limit_s)
 
 
 if __name__ == "__main__":

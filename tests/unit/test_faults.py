@@ -101,3 +101,17 @@ def test_kill_is_sigkill_and_said_before() -> None:
     )
     assert done.returncode == -signal.SIGKILL
     assert "strikes: kill at point 29, COMMITTED" in done.stderr
+
+
+def test_stop_lasts_until_sigcont() -> None:
+    code = """if True:
+        from qsnapd import faults
+        faults.plant_from_environment()
+        faults.reach_in_thread(faults.Point.COMMITTED)
+    """
+    environment = {**os.environ, faults.VARIABLE: "29:stop"}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 0

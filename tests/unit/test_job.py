@@ -5,7 +5,7 @@ import trio
 import trio.testing
 
 from qsnapd.daemon.events import BACKLOG, EventHub
-from qsnapd.errors import CaptureFailed, Effect, JobCancelled, WrongState
+from qsnapd.errors import CaptureFailed, Effect, JobCancelled, SessionLost, WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.job import JobKind, Phase, Progress
 from qsnapd.model.snapshot import Manifest
@@ -69,6 +69,18 @@ async def test_a_cancelled_job_says_what_is_true(effect: Effect, words: str) -> 
     with pytest.raises(JobCancelled, match=words) as failure:
         await job.wait()
     assert failure.value.effect is effect
+
+
+async def test_a_lost_monitor_says_what_comes_next() -> None:
+    job = new_job()
+
+    async def work() -> Manifest:
+        await trio.lowlevel.checkpoint()
+        raise SessionLost("QEMU closed the monitor during stop", effect=Effect.UNKNOWN)
+
+    await job.run(work)
+    with pytest.raises(SessionLost, match=r"during stop\. Undoing it .* tried again when the VM"):
+        await job.wait()
 
 
 async def test_a_cancel_that_comes_too_late_changes_nothing() -> None:

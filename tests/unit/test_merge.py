@@ -4,6 +4,8 @@ import errno
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +68,24 @@ def merge(pivot: PivotPlan, ours: frozenset[int], qemu_img: str = IMG) -> None:
         trio.run(partial(merge_offline, pivot, ours, qemu_img=qemu_img))
 
 
+@contextmanager
+def opened(image: str) -> Iterator[None]:
+    """A QEMU has it open, and its lock."""
+    command = [IO, "-f", "qcow2", image]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        assert "MiB" in process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
 def inodes(pivot: PivotPlan) -> frozenset[int]:
     return frozenset({os.stat(pivot.overlay.path).st_ino})
 
@@ -80,6 +100,28 @@ def test_an_empty_overlay_changes_nothing(pivot: PivotPlan) -> None:
     write(pivot.overlay.backing, 3)  # newer than the overlay, which does not matter then
     merge(pivot, inodes(pivot))
     assert holds(pivot.overlay.backing, 3)
+
+
+def test_an_empty_overlay_does_not_matter_to_who_uses_the_base(pivot: PivotPlan) -> None:
+    """A service manager has started the VM again, before anything was undone."""
+    with opened(pivot.overlay.backing):
+        merge(pivot, inodes(pivot))
+
+
+def test_a_base_in_use_is_not_merged_into(pivot: PivotPlan) -> None:
+    os.utime(pivot.overlay.backing, ns=(0, 0))
+    write(pivot.overlay.path, 2)
+    with opened(pivot.overlay.backing):
+        os.utime(pivot.overlay.backing, ns=(0, 0))
+        with pytest.raises(StoreError, match="Shut that down, and it is tried again"):
+            merge(pivot, inodes(pivot))
+    assert holds(pivot.overlay.path, 2)
+    assert holds(pivot.overlay.backing, 1)
+
+
+def test_an_overlay_in_use_is_no_leftover(pivot: PivotPlan) -> None:
+    with opened(pivot.overlay.path), pytest.raises(StoreError, match="Shut that down"):
+        merge(pivot, inodes(pivot))
 
 
 def test_a_base_written_to_since_is_never_overwritten(pivot: PivotPlan) -> None:
