@@ -58,28 +58,27 @@ class Pruning:
         for number, name in enumerate(names):
             self.job.snapshot = name
             try:
-                await self._delete(store, name, to_come=len(names) - number)
+                await self._delete_unless_refused(store, name, to_come=len(names) - number)
             except BaseException as exc:
-                if isinstance(exc, QsnapError) and _is_refusal(exc):
-                    self._note_refusal(name, str(exc))
-                    continue
-                deleted = self.pruned.deleted
-                say_what_is_gone(self.job, exc, name, deleted, names[number:])
+                say_what_is_gone(self.job, exc, name, self.pruned.deleted, names[number:])
                 raise
-            self.pruned = self.pruned.model_copy(update={"deleted": (*self.pruned.deleted, name)})
-            self._tell(name)
         self.job.snapshot = None
 
-    async def _delete(self, store: VmStore, name: str, *, to_come: int) -> None:
-        await in_thread(lambda: refuse_cloned(self._others(), store.vm, name))
+    async def _delete_unless_refused(self, store: VmStore, name: str, *, to_come: int) -> None:
         deletion = Deletion(*(self._seat, self.job, self._others), qemu_img=self._qemu_img)
         deletion.before_bytes, deletion.to_come = self._done_bytes, to_come
-        await deletion.run(name)
+        try:
+            await in_thread(lambda: refuse_cloned(self._others(), store.vm, name))
+            await deletion.run(name)
+        except QsnapError as exc:
+            if not _is_refusal(exc):
+                raise
+            refused = (*self.pruned.refused, Refusal(name=name, why=str(exc)))
+            self.pruned = self.pruned.model_copy(update={"refused": refused})
+            return
         self._done_bytes = self.job.progress.done_bytes
-
-    def _note_refusal(self, name: str, why: str) -> None:
-        refusal = Refusal(name=name, why=why)
-        self.pruned = self.pruned.model_copy(update={"refused": (*self.pruned.refused, refusal)})
+        self.pruned = self.pruned.model_copy(update={"deleted": (*self.pruned.deleted, name)})
+        self._tell(name)
 
 
 def foresee(store: VmStore, others: Others, request: PruneRequest) -> Pruned:
