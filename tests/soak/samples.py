@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.harness import Vm
 from tests.monitor import Monitor
+from tests.real.footprint import OF_THE_DAEMON
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,15 @@ class Sample:
     disk_bytes: int
     """That all those files occupy."""
     record_bytes: int
-    """Of that, the daemon's own records of the VM."""
+    """The length of the daemon's records, those of the snapshots included."""
 
 
 async def take_sample(monitor: Monitor, vm: Vm, daemon_pid: int, state_dir: Path) -> Sample:
     """Look, past qsnapd; nothing is under way."""
     qemu = Process.of(vm.pid)
     media = [d["inserted"] for d in await monitor.execute("query-block") if "inserted" in d]
-    files = [p for folder in (vm.folder, state_dir) for p in folder.rglob("*") if p.is_file()]
+    paths = [path for folder in (vm.folder, state_dir) for path in folder.rglob("*")]
+    files = [path for path in paths if path.is_file() and path.name not in OF_THE_DAEMON]
     kinds = sorted(_kind(path) for path in files)
     return Sample(
         kept=Kept(
@@ -76,7 +78,7 @@ async def take_sample(monitor: Monitor, vm: Vm, daemon_pid: int, state_dir: Path
         daemon=Process.of(daemon_pid),
         qemu=qemu,
         disk_bytes=sum(_occupied_bytes(path) for path in files),
-        record_bytes=sum(path.stat().st_size for path in files if path.name.startswith(".")),
+        record_bytes=sum(_size_bytes(path) for path in files if path.suffix == ".json"),
     )
 
 
@@ -96,6 +98,12 @@ def _kind(path: Path) -> str:
     """Its name, without what tells it from others of its kind."""
     first, after, _ = path.name.partition(".after-")
     return f"{first}{after}*" if after else path.name
+
+
+def _size_bytes(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def _occupied_bytes(path: Path) -> int:

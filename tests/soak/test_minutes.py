@@ -22,7 +22,7 @@ GUEST = Slots(memory_mib=8, dirty_mib_s=4, disk_pause_us=2000, sign_ms=200)
 DISKS = (Disk("qcow2", "virtio", "-blockdev", 8), Disk("raw", "scsi", "-drive", 8))
 DAEMON_MAY_GROW_BY_KIB = 4096
 QEMU_MAY_GROW_BY_KIB = 8192
-RECORDS_MAY_GROW_BY_BYTES = 512
+RECORDS_MAY_GROW_BY_BYTES = 1024
 """Numbers in them get longer."""
 STRAY_DESCRIPTORS = 2
 """A connection that is being closed."""

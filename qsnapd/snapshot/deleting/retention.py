@@ -18,7 +18,7 @@ def choose(
     holds would be copied into each.
     """
     doomed = manifests.keys() - kept(manifests, current, request, now)
-    upward = {name: parent for name, parent in parents(manifests).items()}
+    upward = parents(manifests)
     branches = Counter(parent for parent in upward.values() if parent is not None)
     if current is not None:
         branches[current] += 1  # the present state
