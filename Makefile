@@ -11,7 +11,7 @@
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 PYTEST := $(VENV)/bin/pytest --numprocesses=auto --dist=worksteal
-ATTACKS := tests/faults tests/fuzz tests/crashes tests/attacks tests/real/test_rescue.py
+ATTACKS := tests/faults tests/fuzz tests/crashes tests/attacks tests/soak tests/real/test_rescue.py
 
 .PHONY: help prepare test faults soak demo bench clean
 
@@ -26,10 +26,10 @@ test: prepare
 	$(VENV)/bin/pytest -m alone
 
 faults: prepare
-	$(PYTEST) $(ATTACKS)
+	$(PYTEST) -m "not alone" $(ATTACKS)
 
 soak: prepare
-	QSNAPD_LONG=1 $(PYTEST) $(ATTACKS)
+	QSNAPD_LONG=1 $(PYTEST) -m "not alone" $(ATTACKS)
 	$(VENV)/bin/python -m tests.fuzz --long
 
 demo: prepare

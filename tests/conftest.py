@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("gate")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GATE = ("test_gate.py", "test_layers.py")
-FOLDERS = ("unit", "fuzz", "real", "faults", "system", "crashes", "attacks", "bench")
+FOLDERS = ("unit", "fuzz", "real", "faults", "system", "crashes", "attacks", "soak", "bench")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -75,7 +75,15 @@ class Agent:
     """The guest of init.agent; its first disk, to be raw, gets an ext4 file system."""
 
 
-Guest = Pages | Slots | Agent
+@dataclass(frozen=True)
+class Idle:
+    """No guest: the firmware has nothing to boot, and waits without using a CPU."""
+
+    noise_mib: int = 0
+    """So much of its RAM, from 1 MiB on, holds what nothing can compress."""
+
+
+Guest = Pages | Slots | Agent | Idle
 
 
 class Vm:
@@ -309,6 +317,12 @@ def _guest_arguments(guest: Guest, machine: MachineType, folder: Path) -> list[s
             *("-device", "virtio-serial-pci"),
             *(word for port in ports for word in _port_arguments(*port, folder)),
         ]
+    if isinstance(guest, Idle):
+        if not guest.noise_mib:
+            return []
+        noise = folder / "noise"
+        noise.write_bytes(os.urandom(guest.noise_mib << 20))
+        return ["-device", f"loader,file={noise},addr=0x100000,force-raw=on"]
     image = pages_boot_image()
     if guest.spin:
         image = folder / "pages.img"

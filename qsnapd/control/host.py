@@ -11,7 +11,14 @@ from qsnapd.model.findings import StoreCheck
 from qsnapd.model.freeze import Filesystem
 from qsnapd.model.job import JobInfo
 from qsnapd.model.launch import LaunchInfo
-from qsnapd.model.request import CloneRequest, CreateRequest, DeleteRequest, RevertRequest
+from qsnapd.model.request import (
+    CloneRequest,
+    CreateRequest,
+    DeleteRequest,
+    PruneRequest,
+    RevertRequest,
+)
+from qsnapd.model.retention import Pruned
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.transfer import (
     Export,
@@ -43,6 +50,20 @@ class Job(Protocol):
         Cancellation: stops the waiting, never the job.
         Raises: the QsnapError that ended the job.
         """
+
+    async def wait_done(self) -> None:
+        """The same for a job that is not about one snapshot."""
+
+
+class PruneJob(Protocol):
+    """A job that deletes what retention does not keep."""
+
+    @property
+    def job(self) -> Job: ...
+
+    @property
+    def pruned(self) -> Pruned:
+        """What has come of it so far."""
 
 
 class Host(Protocol):
@@ -104,6 +125,15 @@ class Host(Protocol):
 
     async def delete(self, name: str, request: DeleteRequest) -> Job:
         """As `create`, for deleting snapshots; the job's result is what the named one was."""
+
+    async def prune(self, name: str, request: PruneRequest) -> PruneJob:
+        """As `create`, for deleting what retention does not keep; see `PruneJob`."""
+
+    async def foresee_prune(self, name: str, request: PruneRequest) -> Pruned:
+        """Say what `prune` would delete, and what of it is in use; touches nothing.
+
+        Raises: StoreError.
+        """
 
     async def clone(self, name: str, request: CloneRequest) -> Job:
         """As `create`, for starting another VM from a snapshot; the job is the new VM's.

@@ -23,13 +23,21 @@ from qsnapd.model.findings import StoreCheck
 from qsnapd.model.freeze import Filesystem
 from qsnapd.model.job import JobInfo, JobKind
 from qsnapd.model.launch import LaunchInfo
-from qsnapd.model.request import CloneRequest, CreateRequest, DeleteRequest, RevertRequest
+from qsnapd.model.request import (
+    CloneRequest,
+    CreateRequest,
+    DeleteRequest,
+    PruneRequest,
+    RevertRequest,
+)
+from qsnapd.model.retention import Pruned
 from qsnapd.model.snapshot import Manifest
 from qsnapd.model.state import State
 from qsnapd.model.transfer import Export, ExportRequest, ImportRequest, ScanResult
 from qsnapd.model.verification import Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 from qsnapd.snapshot.deleting.deletions import Deletions
+from qsnapd.snapshot.deleting.pruning import Pruning, foresee
 from qsnapd.snapshot.job import Job
 from qsnapd.snapshot.moving.export import export_snapshot
 from qsnapd.snapshot.moving.imported import import_snapshot, notes
@@ -212,6 +220,22 @@ class LocalHost:
         )
         self._jobs.start(supervisor, job, lambda: deletions.run(request))
         return job
+
+    async def prune(self, name: str, request: PruneRequest) -> Pruning:
+        supervisor = self._fleet.find(name)
+        job = self._jobs.new(supervisor, JobKind.DELETE, None)
+        supervisor.claim(job)
+        pruning = Pruning(
+            *(supervisor, job, supervisor.others),
+            qemu_img=self._qemu_img,
+            tell=partial(self._publish_snapshot, supervisor.name, "deleted"),
+        )
+        self._jobs.start(supervisor, job, lambda: pruning.run(request))
+        return pruning
+
+    async def foresee_prune(self, name: str, request: PruneRequest) -> Pruned:
+        supervisor = self._fleet.find(name)
+        return await in_thread(foresee, supervisor.store, supervisor.others, request)
 
     async def clone(self, name: str, request: CloneRequest) -> Job:
         source = self._fleet.find(name)

@@ -39,13 +39,13 @@ class Jobs:
         )
 
     def start(
-        self, supervisor: Supervisor, job: Job, work: Callable[[], Awaitable[Manifest]]
+        self, supervisor: Supervisor, job: Job, work: Callable[[], Awaitable[Manifest | None]]
     ) -> None:
         """Let *job*, which has the VM, do its work; then somebody else may have it."""
 
-        async def mend_and_work() -> Manifest:
+        async def mend_and_work() -> Manifest | None:
             await supervisor.mender.mend_before_job()
-            manifest = await work()
+            result = await work()
             # Still within the job: who waits for its end may begin another one at once.
             with trio.CancelScope(shield=True):
                 # Done, but what has to be tidied up behind it may be left.
@@ -54,7 +54,7 @@ class Jobs:
                 if supervisor.attached is not None:  # its disks may have moved
                     await supervisor.launcher.follow(supervisor.attached)
                     await note_disks(supervisor.attached, supervisor.store)
-            return manifest
+            return result
 
         async def run() -> None:
             try:

@@ -85,6 +85,15 @@ class DeleteRequest(Frozen):
     """Forget them, and leave every file where it is."""
 
 
+class PruneRequest(Frozen):
+    """Delete the snapshots that need not be kept. The current one always is."""
+
+    keep_last: PositiveInt
+    """How many of the newest are kept; one that is being deleted does not count."""
+    keep_within_s: PositiveFloat | None = None
+    """Those taken so long ago, or later, are kept as well."""
+
+
 class Memory(StrEnum):
     """How memory gets into a QEMU."""
 

@@ -77,6 +77,7 @@ class Job:
         self._last_at_work = self.phase
         self._ended = trio.Event()
         self._result: Manifest | None = None
+        self._is_done = False
         self._cancelled_by_user = False
         self._changed = trio.Event()
         self._told: trio.Event | None = None
@@ -176,7 +177,7 @@ class Job:
         self._told.set()
         return True
 
-    async def run(self, work: Callable[[], Awaitable[Manifest]]) -> None:
+    async def run(self, work: Callable[[], Awaitable[Manifest | None]]) -> None:
         """Do *work* to its end; a foreseeable failure is kept for those who wait.
 
         Cancellation: *work* undoes itself and the job counts as cancelled. The same is done to
@@ -188,7 +189,8 @@ class Job:
                 if self._cancelled_by_user:
                     scope.cancel()
                 self._result = await work()
-            if self._result is None:
+                self._is_done = True
+            if not self._is_done:
                 self.error = self._given_up()
         except QsnapError as exc:
             self.error = exc
@@ -207,7 +209,7 @@ class Job:
             self.error = StoreError(f"{exc.filename or 'a file'}: {exc.strerror}")
             self.error.effect = self.effect
         finally:
-            if self._result is not None:
+            if self._is_done:
                 self.phase = Phase.DONE
             elif self._cancelled_by_user and isinstance(self.error, JobCancelled):
                 self.phase = Phase.CANCELLED
@@ -236,10 +238,19 @@ class Job:
     async def wait(self) -> Manifest:
         """Wait for the end, and return the snapshot or raise why there is none.
 
+        Preconditions: it is a job that is about one snapshot.
+        Cancellation: stops the waiting; the job goes on.
+        """
+        await self.wait_done()
+        assert self._result is not None
+        return self._result
+
+    async def wait_done(self) -> None:
+        """Wait for the end, and raise why it failed, if it did.
+
         Cancellation: stops the waiting; the job goes on.
         """
         await self._ended.wait()
-        if self._result is not None:
-            return self._result
-        cut_off = JobCancelled(f"the job on VM {self.vm} was cut off", effect=Effect.UNKNOWN)
-        raise self.error or cut_off
+        if not self._is_done:
+            cut_off = JobCancelled(f"the job on VM {self.vm} was cut off", effect=Effect.UNKNOWN)
+            raise self.error or cut_off

@@ -6,7 +6,7 @@ It also knows the names of images whose content has moved into another one: QEMU
 line goes on naming what it was started on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -104,11 +104,25 @@ class Made:
         with self._changing:
             record = self._read()
             known = {(former.path, former.now.path): former for former in record.former}
-            known[gone.path, now.path] = FormerName(path=gone.path, now=now)
             for former in record.former:
                 if (former.now.path, former.now.inode) == (gone.path, gone.inode):
                     known[former.path, now.path] = FormerName(path=former.path, now=now)
+            known.pop((gone.path, now.path), None)  # it is the last one
+            known[gone.path, now.path] = FormerName(path=gone.path, now=now)
             self._write(record, former=tuple(f for f in known.values() if _stands(f.now)))
+
+    def keep_former(self, is_named: Callable[[str], bool]) -> None:
+        """Drop the former names that are not *is_named* by anybody; durable on return.
+
+        But the last one of each image stays: it tells what is older than what the image holds.
+        Raises: StoreError.
+        """
+        with self._changing:
+            record = self._read()
+            last = {(former.now.path, former.now.inode): former for former in record.former}
+            kept = tuple(f for f in record.former if f in last.values() or is_named(f.path))
+            if kept != record.former:
+                self._write(record, former=kept)
 
     def _read(self) -> MadeRecord:
         return self._record.read() or MadeRecord()

@@ -51,7 +51,7 @@ class Lane:
         """Overlays may lie there, if there is one."""
         self.state_dir = (medium.path if medium is not None else folder) / "state"
         self.log = folder / "log"
-        self._patient, self._impatient = folder / "qsnapd.toml", folder / "impatient.toml"
+        self.config, self._impatient = folder / "qsnapd.toml", folder / "impatient.toml"
         config = (
             f'[daemon]\nsocket = "{folder}/io.qsnapd"\nstate_dir = "{self.state_dir}"\n'
             f'runtime_dir = "{folder}"\nqemu_img = "{qemu.img}"\n%s\n{settings}\n'
@@ -59,7 +59,7 @@ class Lane:
         )
         if isinstance(vm.guest, Agent):
             config += f'agent = "{vm.agent}"\nfreeze_limit_s = {FREEZE_LIMIT_S}\n'
-        self._patient.write_text(config % "")
+        self.config.write_text(config % "")
         self._impatient.write_text(config % f"stall_limit_s = {STALL_LIMIT_S}")
         self._said = 0
         self._names = 0
@@ -93,7 +93,7 @@ class Lane:
         environment = {"QSNAPD_FAULT": faults}
         hangs = Action.HANG in faults
         async with self._forge.daemon(
-            self._impatient if hangs else self._patient,
+            self._impatient if hangs else self.config,
             self.folder / "io.qsnapd",
             self.log,
             environment,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -29,7 +30,14 @@ from qsnapd.model.job import JobInfo, JobKind, Phase
 from qsnapd.model.launch import LaunchInfo, NewOverlay
 from qsnapd.model.parsing import parse_manifest
 from qsnapd.model.plan import Loading
-from qsnapd.model.request import CloneRequest, CreateRequest, DeleteRequest, RevertRequest
+from qsnapd.model.request import (
+    CloneRequest,
+    CreateRequest,
+    DeleteRequest,
+    PruneRequest,
+    RevertRequest,
+)
+from qsnapd.model.retention import Pruned, Refusal
 from qsnapd.model.snapshot import (
     DiskLayer,
     ImageFormat,
@@ -52,6 +60,7 @@ from qsnapd.model.verification import Check, Outcome, Verification
 from qsnapd.model.vm import DiskInfo, VmInfo
 from qsnapd.snapshot.moving.meter import Tell
 
+Request = CreateRequest | RevertRequest | DeleteRequest | PruneRequest | CloneRequest
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 GIB = 1 << 30
 
@@ -121,11 +130,14 @@ class FakeJob:
         return self._info
 
     async def wait(self) -> Manifest:
+        await self.wait_done()
+        return self._result
+
+    async def wait_done(self) -> None:
         while not self._info.phase.ended:
             await self._moved.wait()
         if self.error is not None:
             raise self.error
-        return self._result
 
     def move(self, phase: Phase, done_bytes: int = 0) -> None:
         update = {"phase": phase, "done_bytes": done_bytes, "percent": 100 * done_bytes / GIB}
@@ -143,6 +155,12 @@ class FakeJob:
         self.move(Phase.CANCELLED)
 
 
+@dataclass(frozen=True)
+class FakePruning:
+    job: FakeJob
+    pruned: Pruned
+
+
 class FakeHost:
     """Two VMs, of which vm1 runs; jobs end by themselves if `hurry` is set."""
 
@@ -154,7 +172,9 @@ class FakeHost:
         self.current_name: str | None = "s2"
         self.running: FakeJob | None = None
         self.ended: FakeJob | None = None
-        self.requests: list[CreateRequest | RevertRequest | DeleteRequest | CloneRequest] = []
+        self.requests: list[Request] = []
+        self.pruned = Pruned(deleted=("s1",), refused=(Refusal(name="s2", why="it is in use"),))
+        """What every prune comes to."""
         self.transfers: list[ExportRequest | ImportRequest] = []
         self.read: list[bytes] = []
         """What came through the descriptors of imports."""
@@ -243,6 +263,14 @@ class FakeHost:
 
     async def delete(self, name: str, request: DeleteRequest) -> FakeJob:
         return self._start(name, JobKind.DELETE, request, self.snapshot(name, request.name))
+
+    async def prune(self, name: str, request: PruneRequest) -> FakePruning:
+        job = self._start(name, JobKind.DELETE, request, self.manifests["s2"])
+        return FakePruning(job, self.pruned)
+
+    async def foresee_prune(self, name: str, request: PruneRequest) -> Pruned:
+        self.vm(name)
+        return self.pruned
 
     async def clone(self, name: str, request: CloneRequest) -> FakeJob:
         if request.clone == "vm2":
@@ -415,7 +443,7 @@ class FakeHost:
         self,
         name: str,
         kind: JobKind,
-        request: CreateRequest | RevertRequest | DeleteRequest | CloneRequest,
+        request: Request,
         result: Manifest,
     ) -> FakeJob:
         self.vm(name)

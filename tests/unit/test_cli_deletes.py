@@ -34,7 +34,8 @@ async def test_says_what_was_asked_for(served: Served) -> None:
 async def test_the_current_one(served: Served) -> None:
     await run(served, "snapshot-delete vm1 --current")
     [request] = served.host.requests
-    assert request.name == served.host.current_name
+    assert request == DeleteRequest(name="s2")
+    assert served.host.current_name == "s2"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from qsnapd.model.registration import Registration
 from qsnapd.model.snapshot import DiskLayer, Machine, Manifest, Process
 from qsnapd.snapshot.deleting.checks import refuse_cloned, refuse_newer, refuse_open
 from qsnapd.snapshot.deleting.finish import settle_images, without
+from qsnapd.snapshot.deleting.former_names import may_name
 from qsnapd.snapshot.deleting.graph_reading import read_graph
 from qsnapd.snapshot.deleting.plan import Scene, affected, plan_deletion
 from qsnapd.store.layout import Store
@@ -484,6 +485,37 @@ def test_names_follow_an_image_that_moves_again(world: World) -> None:
     made.moved(b, a)
     made.moved(a, base)
     assert {Path(file.path).stem for file in made.former([base])} == {"a", "b"}
+
+
+def test_names_that_no_command_line_has_are_dropped_but_the_last(world: World) -> None:
+    chain_of_three(world)
+    base, a, b = (identity(world.folder / f"{n}.qcow2") for n in ("base", "a", "b"))
+    made = world.store.made
+    gone = [a.model_copy(update={"path": f"/d/gone{n}.qcow2"}) for n in range(5)]
+    for file in gone:
+        made.moved(file, base)
+    made.moved(gone[0].model_copy(update={"path": "/d/other.qcow2"}), b)
+    argv = ("qemu", "-blockdev", '{"filename": "/d/gone1.qcow2"}')
+    made.keep_former(lambda path: may_name(argv, path))
+    assert [file.path for file in made.former([base])] == ["/d/gone1.qcow2", "/d/gone4.qcow2"]
+    assert [file.path for file in made.former([b])] == ["/d/other.qcow2"]
+    made.moved(gone[1], base)  # made again, and merged again: it is the last one now
+    made.keep_former(lambda path: False)
+    assert [file.path for file in made.former([base])] == ["/d/gone1.qcow2"]
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "may"),
+    [
+        ("file=/d/a.qcow2,format=qcow2", "/d/a.qcow2", True),
+        ("file=a.qcow2", "/d/a.qcow2", True),
+        ("file=/d/b.qcow2", "/d/a.qcow2", False),
+        ("file=/d/a,,b.qcow2", "/d/a,b.qcow2", True),
+        ("-nodefaults", '/d/a"b.qcow2', True),
+    ],
+)
+def test_what_a_command_line_may_name(word: str, path: str, may: bool) -> None:
+    assert may_name(["qemu", word], path) is may
 
 
 def test_only_what_is_still_the_same_file_is_ours(world: World) -> None:

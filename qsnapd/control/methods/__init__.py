@@ -5,7 +5,7 @@ The docstrings of the classes are the comments of the interface text.
 
 from qsnapd.control.methods.base import Method
 from qsnapd.control.methods.clones import CloneSnapshot, UndefineVm
-from qsnapd.control.methods.deletions import DeleteSnapshot
+from qsnapd.control.methods.deletions import DeleteSnapshot, PruneSnapshots
 from qsnapd.control.methods.filesystems import (
     FreezeFilesystems,
     ListFilesystems,
@@ -68,6 +68,7 @@ METHODS: dict[str, type[Method]] = {
         CreateSnapshot,
         RevertSnapshot,
         DeleteSnapshot,
+        PruneSnapshots,
         DescribeLaunch,
         CloneSnapshot,
         UndefineVm,

@@ -50,12 +50,17 @@ class Method(Frozen):
 
 async def follow(job: Job, host: Host, more: More | None) -> ProgressReply:
     if more is not None:
-        info = job.info()
-        while not info.phase.ended:
-            await more(ProgressReply(job=info))
-            info = await job.changed(info)
+        await tell_progress(job, lambda info: more(ProgressReply(job=info)))
     manifest = await job.wait()
     return ProgressReply(job=job.info(), snapshot=await in_thread(_described, host, manifest))
+
+
+async def tell_progress(job: Job, tell: Callable[[JobInfo], Awaitable[None]]) -> None:
+    """*tell* how the job is, until it has ended."""
+    info = job.info()
+    while not info.phase.ended:
+        await tell(info)
+        info = await job.changed(info)
 
 
 def _described(host: Host, manifest: Manifest) -> Snapshot:

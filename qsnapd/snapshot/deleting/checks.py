@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qsnapd.errors import Blocked, WrongState
@@ -14,7 +14,6 @@ from qsnapd.qmp.block import BlockdevSetActive, QueryJobs
 from qsnapd.qmp.migration import QueryMigrate
 from qsnapd.snapshot.deleting.finish import is_locked
 from qsnapd.snapshot.deleting.plan import Scene
-from qsnapd.store.leases import Leases
 from qsnapd.store.registry import read_registration
 from qsnapd.store.snapshots import VmStore
 from qsnapd.vm.attached import AttachedVm
@@ -22,16 +21,16 @@ from qsnapd.vm.identity import key_of
 from qsnapd.vm.proc import open_files
 
 
-def refuse_mapped(leases: Leases, manifest: Manifest, scene: Scene) -> None:
+def refuse_mapped(store: VmStore, manifest: Manifest, snapshots: Mapping[str, Manifest]) -> None:
     """Refuse if something that runs needs the snapshot's memory. Blocks. Raises: WrongState."""
     image = key_of(manifest.memory.path) if manifest.memory else None
     is_shared = any(
         other.memory is not None and key_of(other.memory.path) == image
-        for other in scene.snapshots.values()
+        for other in snapshots.values()
         if other.name != manifest.name
     )
     path = Path(manifest.memory.path) if manifest.memory and not is_shared else None
-    leases.require_unused(manifest.name, path, may_use_disks=scene.vm)
+    store.leases.require_unused(manifest.name, path, may_use_disks=store.vm)
 
 
 def require_nothing_unfinished(store: VmStore) -> None:

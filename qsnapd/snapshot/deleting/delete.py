@@ -142,7 +142,7 @@ class Deletion:
     async def _refuse(
         self, vm: AttachedVm | None, scene: Scene, plan: DeletePlan, manifest: Manifest
     ) -> None:
-        await in_thread(refuse_mapped, self._store.leases, manifest, scene)
+        await in_thread(refuse_mapped, self._store, manifest, scene.snapshots)
         await in_thread(refuse_open, plan, scene)
         await in_thread(refuse_newer, plan, scene)
         if vm is not None and any(scene.live_disk(merge.upper.key) for merge in plan.merges):

@@ -1,7 +1,7 @@
 """What a request to delete means: one snapshot or several, one after the other."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from qsnapd.errors import Effect, JobCancelled, QsnapError, StoreError
@@ -64,7 +64,9 @@ class Deletions:
                     await deletion.run(name)
                     done_bytes = self._job.progress.done_bytes
             except BaseException as exc:
-                self._say_what_is_gone(exc, name, names)
+                say_what_is_gone(
+                    self._job, exc, name, self.deleted, names[len(self.deleted) :]
+                )
                 raise
             self.deleted.append(name)
             self._tell(name)
@@ -91,18 +93,21 @@ class Deletions:
         store.leases.forget(name)
         self._job.notes += (f"what was in the folder of snapshot {name} is in {kept} now",)
 
-    def _say_what_is_gone(self, exc: BaseException, name: str, names: tuple[str, ...]) -> None:
-        if not self.deleted:
-            return
-        gone, left = ", ".join(self.deleted), ", ".join(names[len(self.deleted) :])
-        words = f"deleted so far: {gone}; still there: {left}"
-        if isinstance(exc, QsnapError) and not isinstance(exc, JobCancelled):
-            exc.args = (f"snapshot {name}: {exc}. {words}",)
-        if self._job.effect in (Effect.NONE, Effect.ROLLED_BACK):
-            self._job.effect = Effect.PARTIAL
-            self._job.outcome = words
-        if isinstance(exc, QsnapError):
-            exc.effect = self._job.effect
+
+def say_what_is_gone(
+    job: Job, exc: BaseException, name: str, deleted: Sequence[str], left: Sequence[str]
+) -> None:
+    """Have job and error of the deletion of *name* tell of those before and after it."""
+    if not deleted:
+        return
+    words = f"deleted so far: {', '.join(deleted)}; still there: {', '.join(left)}"
+    if isinstance(exc, QsnapError) and not isinstance(exc, JobCancelled):
+        exc.args = (f"snapshot {name}: {exc}. {words}",)
+    if job.effect in (Effect.NONE, Effect.ROLLED_BACK):
+        job.effect = Effect.PARTIAL
+        job.outcome = words
+    if isinstance(exc, QsnapError):
+        exc.effect = job.effect
 
 
 def order(store: VmStore, request: DeleteRequest) -> tuple[str, ...]:

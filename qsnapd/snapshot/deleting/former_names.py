@@ -5,6 +5,7 @@ A command line goes on naming what a QEMU was started on, wherever its content i
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,11 +25,22 @@ _log = logging.getLogger(__name__)
 def with_former_names(manifest: Manifest, made: Made) -> Manifest:
     """The manifest of a snapshot just taken, knowing its disks by them, too.
 
+    Names that its QEMU was not started on are dropped for good: nothing can be started any more
+    on a file that is gone, and older snapshots know those of theirs.
     Blocks. Raises: StoreError.
     """
+    argv = manifest.machine.process.argv
+    made.keep_former(lambda path: may_name(argv, path))
     disks = tuple(_known(disk, made) for disk in manifest.disks)
     left_out = tuple(_known(disk, made) for disk in manifest.left_out)
     return manifest.model_copy(update={"disks": disks, "left_out": left_out})
+
+
+def may_name(argv: Iterable[str], path: str) -> bool:
+    """Whether a command line may name a file, in whatever way; pure."""
+    name = os.path.basename(path)
+    is_spelled_as_it_is = re.fullmatch(r"[\w.+@-]+", name, re.ASCII) is not None
+    return not is_spelled_as_it_is or any(name in word for word in argv)
 
 
 def _known(disk: DiskLayer, made: Made) -> DiskLayer:

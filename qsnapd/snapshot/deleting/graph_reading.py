@@ -90,7 +90,9 @@ def _add_other(reader: "_Reader", other: VmStore, vm: str) -> None:
             keys += reader.add_journal(entry)
     if registration is not None and registration.source == vm:
         source = reader.store.snapshots().get(registration.snapshot)
-        keys += reader.add_manifest(source) if source else []
+        if source is not None:  # what lies over its images is not the clone's
+            reader.add_manifest(source)
+            keys += [key_of(disk.frozen) for disk in source.disks]
         reader.graph.problems += [
             f"VM {other.vm}, a clone of this one: snapshot {name}: {problem}"
             for name, problem in other.problems().items()

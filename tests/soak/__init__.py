@@ -1,0 +1,1 @@
+"""What only shows after long, or with many: what grows, and who has to wait for whom."""
