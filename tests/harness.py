@@ -81,6 +81,8 @@ class Idle:
 
     noise_mib: int = 0
     """So much of its RAM, from 1 MiB on, holds what nothing can compress."""
+    is_held: bool = False
+    """Not even the firmware runs."""
 
 
 Guest = Pages | Slots | Agent | Idle
@@ -318,11 +320,12 @@ def _guest_arguments(guest: Guest, machine: MachineType, folder: Path) -> list[s
             *(word for port in ports for word in _port_arguments(*port, folder)),
         ]
     if isinstance(guest, Idle):
-        if not guest.noise_mib:
-            return []
-        noise = folder / "noise"
-        noise.write_bytes(os.urandom(guest.noise_mib << 20))
-        return ["-device", f"loader,file={noise},addr=0x100000,force-raw=on"]
+        words = ["-S"] if guest.is_held else []
+        if guest.noise_mib:
+            noise = folder / "noise"
+            noise.write_bytes(os.urandom(guest.noise_mib << 20))
+            words += ["-device", f"loader,file={noise},addr=0x100000,force-raw=on"]
+        return words
     image = pages_boot_image()
     if guest.spin:
         image = folder / "pages.img"

@@ -88,6 +88,13 @@ class AttachedVm:
         """QEMU's own word for it (qapi/run-state.json, RunState)."""
         return (await self.session.execute(QueryStatus())).status
 
+    async def confirm_condition(self) -> None:
+        """Make up for events that were lost, or are still on their way. Raises: VmError."""
+        heard = self.tracker.heard
+        status = await self.run_state()
+        if self.tracker.heard == heard:
+            self.tracker.on_asked(status)
+
     async def suspend(self) -> None:
         """Stop the guest for the user; true once the STOP event has come.
 

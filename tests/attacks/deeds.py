@@ -94,9 +94,9 @@ class Culprit:
     async def strike(self) -> None:
         """Do it, while the daemon stands at its point; or begin to."""
         lane, vm = self._lane, self._lane.vm
+        self._pids = vm.pids()
         match self.deed:
             case Deed.HUNG | Deed.HUNG_BRIEFLY:
-                self._pids = vm.pids()
                 for pid in self._pids:
                     os.kill(pid, signal.SIGSTOP)
             case Deed.KILLED:
@@ -114,7 +114,7 @@ class Culprit:
                 await self._tell_monitor()
 
     async def later(self) -> None:
-        """Do what comes when the daemon has gone on; *the job* ends only behind it."""
+        """Do what comes when the daemon has gone on."""
         match self.deed:
             case Deed.HUNG | Deed.HUNG_BRIEFLY:
                 brief = self.deed is Deed.HUNG_BRIEFLY
@@ -171,7 +171,7 @@ class Culprit:
             await self._give_up_overlays(daemon)
         if self.deed.ends_qemu:
             await lane.start_if_off(daemon)
-        elif self.stopped_it:
+        elif self.stopped_it and lane.vm.pids() == self._pids:
             await self._let_go(daemon)
 
     async def _give_up_overlays(self, daemon: Forged) -> None:

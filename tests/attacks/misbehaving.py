@@ -105,6 +105,8 @@ class Misbehaves:
             nursery.start_soon(do)
             await stands(daemon)
             await culprit.strike()
+            if (self.work, self.point) == (Work.PRECOPY, Point.CAPTURE_SAVING):
+                culprit.stopped_it = False  # it cannot be told from QEMU's own stop, at its end
             daemon.signal(signal.SIGCONT)
             await culprit.later()
         return error

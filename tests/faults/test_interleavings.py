@@ -72,6 +72,26 @@ async def test_active_long_before_the_instant_is_captured(
         assert 1000 <= manifest.paused_ms < 1500
 
 
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("case", [STOPPED, PRECOPY, BACKGROUND], ids=str)
+async def test_stopped_by_its_user_while_files_are_made(
+    case: Case, silent: bool, autojump_clock: MockClock
+) -> None:
+    """On another monitor, of which the event may be missing: it is to stand afterwards."""
+    async with open_scene(case) as scene:
+        if silent:
+            scene.qemu.monitor.silent.add("STOP")
+
+        async def stop(_job: Job) -> None:
+            await until(lambda: "blockdev-add" in scene.transport.sent)
+            scene.qemu.halt("paused")
+
+        job = await run_job(scene, stop)
+        assert job.phase is Phase.DONE
+        assert not scene.qemu.running
+        assert scene.store.journal.read() is None
+
+
 async def test_old_qemu_resumes_the_guest_late_by_itself(autojump_clock: MockClock) -> None:
     saving = SavingScript(self_resume_s=3.0)
     async with open_scene(replace(OLD_BACKGROUND, saving=saving)) as scene:

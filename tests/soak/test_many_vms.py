@@ -44,7 +44,8 @@ RESIDENT_MIB_PER_VM = 2.0
 @pytest.mark.alone
 async def test_fifty(tmp_path: Path, record_property: Record) -> None:
     guests: dict[str, Guest] = {
-        f"vm{number}": Idle(NOISE_MIB if number < 12 else 0) for number in range(WATCHED)
+        **{f"vm{number}": Idle(is_held=True) for number in range(WATCHED)},
+        **dict.fromkeys((*SAVED, HUNG, KILLED), Idle(NOISE_MIB)),
     }
     guests[BUSY] = Pages(spin=20000)
     limits = (

@@ -32,6 +32,7 @@ async def capture_background(capture: Capture) -> None:
     On failure or cancellation: as far as it came; the plan's undo finds out how far.
     """
     vm, session = capture.vm, capture.vm.session
+    await capture.respect_stop()
     with vm.tracker.holding() as capture.window:
         await capture.halt()
         await capture.pivot()

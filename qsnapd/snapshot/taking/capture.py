@@ -84,6 +84,15 @@ class Capture:
         assert self.target is not None, "a checkpoint has a place for its memory"
         await in_thread(self.target.reserve)
 
+    async def respect_stop(self) -> None:
+        """Leave a guest paused in the end that somebody has stopped since the plan was made.
+
+        Raises: VmError.
+        """
+        if self.plan.was_running:
+            await self.vm.confirm_condition()  # the event may be on its way
+            self.vm.tracker.held_by_user |= not self.vm.tracker.running
+
     async def halt(self) -> None:
         """Stop the guest, if it runs; QEMU drains and flushes its disks.
 

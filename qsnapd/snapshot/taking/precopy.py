@@ -30,6 +30,7 @@ async def capture_precopy(capture: Capture) -> None:
     On failure or cancellation: as far as it came; the plan's undo finds out how far.
     """
     session = capture.vm.session
+    await capture.respect_stop()
     with capture.vm.tracker.holding() as capture.window:
         await capture.begin_saving()
         await capture.reserve_again()

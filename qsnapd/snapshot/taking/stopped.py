@@ -12,6 +12,7 @@ async def capture_stopped(capture: Capture) -> None:
     On success: the image is handed to the kernel in full; a guest that ran runs.
     On failure or cancellation: as far as it came; the plan's undo finds out how far.
     """
+    await capture.respect_stop()
     with capture.vm.tracker.holding() as capture.window:
         await capture.halt()
         watch = Stopwatch()
