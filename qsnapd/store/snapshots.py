@@ -133,9 +133,8 @@ class VmStore:
 
     def partials(self) -> tuple[str, ...]:
         """Snapshots that were begun: one per running job, else what a crash has left."""
-        with self._failing("read"):
-            entries = [entry for entry in os.scandir(self.directory) if not entry.is_symlink()]
-            folders = [entry.name for entry in entries if entry.is_dir()]
+        with self._failing("read"), os.scandir(self.directory) as entries:
+            folders = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
         ours = (name for name in folders if name.startswith(".") and name.endswith(_PARTIAL))
         names = (name[1 : -len(_PARTIAL)] for name in ours)
         return tuple(sorted(filter(is_name, names)))

@@ -75,7 +75,7 @@ def open_files(pid: int) -> dict[FileKey, str]:
     """
     found = {}
     with proc_errors(pid):
-        links = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+        links = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
     for link in links:
         try:
             status, name = os.stat(link), os.readlink(link)
@@ -93,7 +93,7 @@ def open_sockets(pid: int) -> frozenset[int]:
     """
     inodes = set()
     with proc_errors(pid):
-        links = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+        links = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
     for link in links:
         try:
             kind, _, inode = os.readlink(link).partition(":")

@@ -120,7 +120,7 @@ def _userfaultfds(identity: ProcessIdentity) -> list[int]:
     """Numbers that its userfaultfds have in that process."""
     numbers = []
     with proc_errors(identity.pid):
-        links = [entry.path for entry in os.scandir(f"/proc/{identity.pid}/fd")]
+        links = [f"/proc/{identity.pid}/fd/{fd}" for fd in os.listdir(f"/proc/{identity.pid}/fd")]
     for link in links:
         try:
             if os.readlink(link) == _USERFAULTFD:

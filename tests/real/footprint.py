@@ -84,8 +84,8 @@ def _files_of(image: dict[str, Any]) -> Iterator[str]:
 
 
 def _opened_by(pid: int) -> Iterator[str]:
-    for fd in os.scandir(f"/proc/{pid}/fd"):
+    for fd in os.listdir(f"/proc/{pid}/fd"):
         with suppress(FileNotFoundError):  # closed meanwhile
-            target = os.readlink(fd.path)
+            target = os.readlink(f"/proc/{pid}/fd/{fd}")
             if target.startswith("/") and not target.startswith("/dev/"):
                 yield target

@@ -144,7 +144,7 @@ def _gather(
             unreadable.append((str(directory / name), str(exc)))
             return None
 
-    names = frozenset(entry.name for entry in os.scandir(directory))
+    names = frozenset(os.listdir(directory))
     folders = {n for n in names if not n.startswith(".") and (directory / n).is_dir()}
     partials = tuple(_partial(store, name, before_s) for name in store.partials())
     registration = read(".vm.json", partial(read_registration, store))
