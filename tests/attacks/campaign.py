@@ -1,7 +1,7 @@
 """Many attacks one after the other, on one VM after the other; what was found is counted."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import count
@@ -67,6 +67,15 @@ async def _once(tally: Tally, lane: Lane, attack: Attack) -> bool:
     # Whatever it was: the next case may be well all the same, and all are counted.
     except Exception as exc:
         log = lane.log.read_text(errors="replace")[-3000:]
-        tally.violations.append(f"{attack}: {type(exc).__name__}: {exc}\n{log}")
+        reasons = "; ".join(f"{type(each).__name__}: {each}" for each in _reasons(exc))
+        tally.violations.append(f"{attack}: {reasons}\n{log}")
         return False
     return True
+
+
+def _reasons(exc: Exception) -> Iterator[BaseException]:
+    if not isinstance(exc, ExceptionGroup):
+        yield exc
+        return
+    for each in exc.exceptions:
+        yield from _reasons(each)

@@ -1,7 +1,7 @@
 """Jobs whose disk fills up, breaks or stalls, that of the memory image and of the store."""
 
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -129,7 +129,7 @@ class Fails:
             case Failure.DEAD:
                 medium.shut_down()
             case Failure.READ_ONLY:
-                await medium.become_read_only()
+                medium.become_read_only()
             case Failure.STALLED:
                 await medium.stall()
 
@@ -160,9 +160,14 @@ class Fails:
         await daemon.end()
 
 
-def fillings(strategy: Strategy) -> Iterator[Filled]:
-    """All levels, from nothing to just enough."""
-    return (Filled(strategy, level) for level in range(LEVELS))
+def fillings() -> list[Filled]:
+    """All levels, from nothing to just enough, by each strategy."""
+    return [Filled(strategy, level) for strategy in Strategy for level in range(LEVELS)]
+
+
+def fillings_in_turn() -> list[Filled]:
+    """All levels, by the strategies in turn."""
+    return [Filled(strategy, n) for n, strategy in enumerate(islice(cycle(Strategy), LEVELS))]
 
 
 def failures(failure: Failure, how_many: int, seed: int) -> list[Fails]:

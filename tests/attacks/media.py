@@ -47,7 +47,8 @@ class Medium:
         if self.kind is Kind.TMPFS:
             await run("mount", "-t", "tmpfs", "-o", f"size={self._size_bytes}", "tmpfs", self.path)
         else:
-            await run("mount", "-o", "loop", self._image, self.path)
+            options = "loop,errors=remount-ro" if self.kind is Kind.EXT4 else "loop"
+            await run("mount", "-o", options, self._image, self.path)
 
     async def unmount(self) -> None:
         """Also if somebody has a file of it open: a QEMU may."""
@@ -99,9 +100,11 @@ class Medium:
         finally:
             os.close(fd)
 
-    async def become_read_only(self) -> None:
+    def become_read_only(self) -> None:
         """As ext4 does by itself when it finds itself damaged (EROFS); until mounted again."""
-        await run("mount", "-o", "remount,ro,abort", self.path)
+        number = os.stat(self.path).st_dev
+        device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+        (Path("/sys/fs/ext4") / device.name / "trigger_fs_error").write_text("planted")
 
 
 @asynccontextmanager
