@@ -10,7 +10,7 @@
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
-PYTEST := $(VENV)/bin/pytest --numprocesses=auto --dist=worksteal
+PYTEST := $(VENV)/bin/pytest --numprocesses=3 --dist=worksteal
 ATTACKS := tests/faults tests/fuzz tests/crashes tests/attacks tests/soak tests/real/test_rescue.py
 
 .PHONY: help prepare test faults soak demo bench clean

@@ -16,8 +16,9 @@ from qsnapd.daemon.editing import Editing
 from qsnapd.daemon.events import EventHub
 from qsnapd.daemon.fleet import Fleet
 from qsnapd.daemon.jobs import Jobs
+from qsnapd.daemon.looks import Looks, look_past_store
 from qsnapd.daemon.upkeep import Upkeep
-from qsnapd.errors import DiskStalled, StoreError, WrongState
+from qsnapd.errors import WrongState
 from qsnapd.model.event import Event, EventKind
 from qsnapd.model.findings import StoreCheck
 from qsnapd.model.freeze import Filesystem
@@ -53,7 +54,6 @@ from qsnapd.snapshot.restoring.revert_plan import describe_launch
 from qsnapd.snapshot.restoring.switch import DETACH_LIMIT_S
 from qsnapd.snapshot.restoring.verify import verify_snapshot
 from qsnapd.snapshot.taking.create import Checkpoint
-from qsnapd.store.snapshots import VmStore
 from qsnapd.threads import in_thread
 from qsnapd.vm.disks import read_disks
 from qsnapd.vm.launch import Parent
@@ -61,9 +61,6 @@ from qsnapd.vm.process import still_runs
 
 _ASKERS_OWN = (JobKind.EDIT, JobKind.REPAIR)
 """Jobs that are part of a client's call."""
-
-STORE_LIMIT_S = 2.0
-"""How long a look at VMs waits for a store."""
 
 
 class LocalHost:
@@ -82,59 +79,19 @@ class LocalHost:
         self._jobs = Jobs(events, jobs)
         self._qemu_img = qemu_img
         self._rehearsals = set[str]()
-        self._stalled: dict[str, DiskStalled] = {}
-        """The last look into the store of these VMs has not come to an end yet, or only since."""
+        self._looks = Looks(fleet)
         self._editing = Editing(fleet, events)
         self._upkeep = Upkeep(fleet, events)
 
     async def look_at_all(self) -> tuple[VmInfo, ...]:
-        """See `Host.look_at_all`."""
-        infos: dict[str, VmInfo] = {}
-
-        async def look(name: str) -> None:
-            infos[name] = await self.look(name)
-
-        names = sorted(self._fleet)
-        async with trio.open_nursery() as nursery:
-            for name in names:
-                nursery.start_soon(look, name)
-        return tuple(infos[name] for name in names)
+        return await self._looks.look_at_all()
 
     async def look(self, name: str) -> VmInfo:
-        """See `Host.look`."""
-        store, stalled = self._fleet.find(name).store, self._stalled.get(name)
-        try:
-            if stalled is not None and not stalled.over.is_set():
-                raise stalled  # one thread that waits for it is enough
-            kept = await in_thread(_kept, store, limit_s=STORE_LIMIT_S)
-        except StoreError as exc:
-            if isinstance(exc, DiskStalled):
-                self._stalled[name] = exc
-            info = self.vm(name)
-            return info.model_copy(update={"problem": info.problem or str(exc)})
-        return self.vm(name).model_copy(update=kept)
+        return await self._looks.look(name)
 
     def vm(self, name: str) -> VmInfo:
         """The same without its snapshots: no file is read."""
-        supervisor = self._fleet.find(name)
-        condition = supervisor.tracker.condition
-        vm = supervisor.attached
-        return VmInfo(
-            name=name,
-            state=condition.state.text,
-            state_number=condition.state,
-            reason=condition.reason_text,
-            reason_number=condition.reason_number,
-            connected=vm is not None,
-            problem=supervisor.problem,
-            qmp=str(supervisor.qmp),
-            pid=vm.identity.pid if vm else None,
-            uuid=vm.uuid if vm else None,
-            qemu_version=vm.version.text if vm else None,
-            machine=vm.machine_type if vm else None,
-            ram_bytes=vm.ram_bytes if vm else None,
-            vcpus=vm.vcpus if vm else None,
-        )
+        return look_past_store(self._fleet.find(name))
 
     def name_of(self, word: str) -> str:
         return self._fleet.find(word).name
@@ -404,7 +361,3 @@ class LocalHost:
 
     def subscribe(self) -> AbstractContextManager[trio.MemoryReceiveChannel[Event]]:
         return self._events.subscribe()
-
-
-def _kept(store: VmStore) -> dict[str, object]:
-    return {"snapshots": len(store.snapshots()), "current_snapshot": store.current()}
