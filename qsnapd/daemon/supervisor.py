@@ -114,6 +114,7 @@ class Supervisor:
         self._changed = trio.Event()
         self._hurry = trio.Event()
         self._unsaved = trio.Event()
+        self._unconfirmed = trio.Event()
         self._chores, self._to_do = trio.open_memory_channel[Chore](CHORES_LIMIT)
 
     async def run(self) -> None:
@@ -122,6 +123,7 @@ class Supervisor:
         await self.mender.rescue()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_condition)
+            nursery.start_soon(self._confirm_conditions)
             nursery.start_soon(self.mender.go_on_reverting)
             nursery.start_soon(self.mender.go_on_deleting)
             nursery.start_soon(self.thawer.run)
@@ -188,6 +190,7 @@ class Supervisor:
         self.attached = vm
         self.thawer.look()
         self._unsaved.set()
+        self._unconfirmed.set()
         self._announce()
 
     async def look_after(self, vm: AttachedVm) -> None:
@@ -222,6 +225,7 @@ class Supervisor:
 
     def _condition_changed(self, old: Condition, new: Condition) -> None:
         self._unsaved.set()
+        self._unconfirmed.set()
         if new.state is State.RUNNING:
             self.thawer.look()  # while it stood still it could not be thawed
         texts = lifecycle_event(old, new)
@@ -231,26 +235,28 @@ class Supervisor:
             self._publish(Event(kind=kind, vm=self.name, at=at, event=event, detail=detail))
 
     async def _keep_condition(self) -> None:
-        """Write the condition down after each change, so that the next daemon knows reasons.
-
-        It is only as true as events are, so QEMU is asked as well, between jobs.
-        """
+        """Write the condition down after each change, so that the next daemon knows reasons."""
         while True:
             await self._unsaved.wait()
             self._unsaved = trio.Event()
             vm = self.attached
             if vm is None:
                 continue
-            await self._confirm_condition(vm)
             remembered = partial(remember, self.store, vm.identity, self.tracker.condition)
             try:
                 await in_thread(remembered)
             except StoreError as exc:
                 _log.warning("VM %s: the next daemon will not know its state: %s", self.name, exc)
 
+    async def _confirm_conditions(self) -> None:
+        """Ask QEMU after each change, between jobs: the condition is only as true as events are."""
+        while True:
+            await self._unconfirmed.wait()
+            self._unconfirmed = trio.Event()
+            if self.attached is not None and self.job is None:  # a job asks for itself
+                await self._confirm_condition(self.attached)
+
     async def _confirm_condition(self, vm: AttachedVm) -> None:
-        if self.job is not None:
-            return  # it asks for itself
         heard = self.tracker.heard
         try:
             status = (await vm.session.execute(QueryStatus())).status
@@ -297,7 +303,7 @@ class Supervisor:
         """The job has ended."""
         self.last_job, self.job = self.job, None
         self.thawer.look()
-        self._unsaved.set()
+        self._unconfirmed.set()
 
     def require_attached(self) -> AttachedVm:
         """The VM as it is attached now. Raises: WrongState: it is not, and why."""

@@ -31,7 +31,10 @@ async def _pass(command: Command[Any], step: int) -> None:
 class SteeredSession(QmpSession):
     """Passes everything on to the session of the supervisor."""
 
-    def __init__(self, session: QmpSession, before: Hook, after: Hook) -> None:
+    def __init__(
+        self, supervisor: Supervisor, session: QmpSession, before: Hook, after: Hook
+    ) -> None:
+        self._supervisor = supervisor
         self._session = session
         self._before = before
         self._after = after
@@ -40,6 +43,8 @@ class SteeredSession(QmpSession):
         """Repetitions of a command, as in polling, are one step: their number varies."""
 
     async def execute(self, command: Command[ReplyT], *, descriptor: int | None = None) -> ReplyT:
+        if self._supervisor.job is None:  # the supervisor asks for itself
+            return await self._session.execute(command, descriptor=descriptor)
         if not self.sent or type(self.sent[-1]) is not type(command):
             self.steps += 1
         self.sent.append(command)
@@ -64,7 +69,7 @@ def steered(
 ) -> Iterator[SteeredSession]:
     """Give the jobs that begin during the block a session with hooks."""
     plain = supervisor.require_attached()
-    session = SteeredSession(plain.session, before, after)
+    session = SteeredSession(supervisor, plain.session, before, after)
     supervisor.attached = replaced = replace(plain, session=session)
     try:
         yield session
