@@ -25,7 +25,7 @@ from tests.real.disk_content import chain_of, read_disk
 from tests.real.footprint import Footprint, look
 from tests.real.quiescing import open_agent_vm
 
-GUEST = Slots(memory_mib=8, dirty_mib_s=8, disk_pause_us=1000, sign_ms=50, flushes=True)
+GUEST = Slots(memory_mib=2, dirty_mib_s=8, disk_pause_us=1500, sign_ms=50, flushes=True)
 STALL_LIMIT_S = 2.0
 FREEZE_LIMIT_S = 5.0
 SETTLE_LIMIT_S = 60.0

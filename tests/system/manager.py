@@ -221,6 +221,7 @@ async def open_manager() -> AsyncIterator[Manager]:
                         with trio.fail_after(BOOT_LIMIT_S):
                             while b"READY=1" not in await ready.recv(4096):
                                 pass
+                        nursery.start_soon(_hear, ready)
                         yield Manager(folder, _only_child(process.pid))
                     except trio.TooSlowError as late:
                         late.add_note((folder / "console").read_text())
@@ -230,10 +231,17 @@ async def open_manager() -> AsyncIterator[Manager]:
                             assert process.stdin is not None
                             await process.stdin.aclose()
                             await process.wait()
+                        nursery.cancel_scope.cancel()
     finally:
         with trio.fail_after(END_LIMIT_S, shield=True):
             await _remove_cgroup(cgroup)
         shutil.rmtree(folder)
+
+
+async def _hear(ready: trio.socket.SocketType) -> None:
+    """Listen to whatever else systemd says: it waits, for ever, until somebody does."""
+    while True:
+        await ready.recv(4096)
 
 
 def _fill(folder: Path) -> None:
