@@ -47,8 +47,11 @@ class Medium:
         if self.kind is Kind.TMPFS:
             await run("mount", "-t", "tmpfs", "-o", f"size={self._size_bytes}", "tmpfs", self.path)
         else:
-            options = "loop,errors=remount-ro" if self.kind is Kind.EXT4 else "loop"
-            await run("mount", "-o", options, self._image, self.path)
+            # A device of its own: `mount -o loop` takes the one that a QEMU may still hold.
+            device = (await run("losetup", "--find", "--show", self._image)).strip()
+            options = ("-o", "errors=remount-ro") if self.kind is Kind.EXT4 else ()
+            await run("mount", *options, device, self.path)
+            await run("losetup", "--detach", device)  # as soon as nobody uses it
 
     async def unmount(self) -> None:
         """Also if somebody has a file of it open: a QEMU may."""
@@ -126,12 +129,13 @@ async def open_medium(kind: Kind, folder: Path, size_bytes: int) -> AsyncIterato
             await succeeds("umount", "--lazy", path)
 
 
-async def run(*command: object) -> None:
-    """Raises: AssertionError: it failed."""
+async def run(*command: object) -> str:
+    """Returns what it printed. Raises: AssertionError: it failed."""
     done = await trio.run_process(
         [str(word) for word in command], capture_stdout=True, capture_stderr=True, check=False
     )
     assert done.returncode == 0, f"{command}: {done.stderr.decode()}"
+    return bytes(done.stdout).decode()
 
 
 async def succeeds(*command: object) -> bool:
