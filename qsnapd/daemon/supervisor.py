@@ -144,6 +144,7 @@ class Supervisor:
                 _log.error("VM %s: a snapshot is not listed: %s", self.name, problem)
             if done := finish_renaming(self.store):  # before what imports left: it may look so
                 _log.warning("VM %s: %s", self.name, done)
+            self.store.remove_drafts(self.made_at_s)
             imported.remove_leftovers(self.store, self.made_at_s)
             export.remove_leftovers(self.store, self.made_at_s)
         except StoreError as exc:

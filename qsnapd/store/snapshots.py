@@ -48,7 +48,7 @@ from qsnapd.store.journal import Journal
 from qsnapd.store.leases import Leases
 from qsnapd.store.made import Made
 from qsnapd.store.manifests import MANIFEST_NAME, read_manifest, replace_manifest, write_manifest
-from qsnapd.store.own_files import is_of_a_snapshot
+from qsnapd.store.own_files import is_draft, is_of_a_snapshot
 from qsnapd.store.shared_files import SharedFiles
 
 _PARTIAL = ".partial"
@@ -138,6 +138,15 @@ class VmStore:
         ours = (name for name in folders if name.startswith(".") and name.endswith(_PARTIAL))
         names = (name[1 : -len(_PARTIAL)] for name in ours)
         return tuple(sorted(filter(is_name, names)))
+
+    def remove_drafts(self, before_s: float) -> None:
+        """Remove drafts of records that are older than that: a disk that failed kept them."""
+        with self._failing("tidy up"), os.scandir(self.directory) as entries:
+            for entry in entries:
+                is_ours = entry.name.startswith(".") and is_draft(entry.name)
+                is_file = entry.is_file(follow_symlinks=False)
+                if is_ours and is_file and entry.stat().st_ctime < before_s:
+                    os.unlink(entry.path)
 
     def stage(self, name: str) -> Path:
         """Make the directory (0700) in which *name* grows until `commit`.

@@ -385,3 +385,15 @@ def test_a_manifest_that_nobody_could_use_is_refused(
     place[last] = value
     with pytest.raises(ManifestInvalid, match=complaint):
         parse_manifest(json.dumps(whole), "it")
+
+
+def test_only_old_drafts_of_records_are_removed(store: Store) -> None:
+    vm = store.vm("vm1")
+    for name in (".made.new", "mine.new", ".state.json"):
+        (vm.directory / name).write_text("x")
+    (vm.directory / ".folder.new").mkdir()
+    vm.remove_drafts(0.0)
+    assert (vm.directory / ".made.new").exists()
+    vm.remove_drafts(time.time() + 1)
+    left = {path.name for path in vm.directory.iterdir()}
+    assert left == {"mine.new", ".state.json", ".folder.new"}
