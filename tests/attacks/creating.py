@@ -7,7 +7,7 @@ from qsnapd.errors import DiskStalled, QsnapError
 from qsnapd.faults import Action, Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import Forged
-from tests.attacks.lane import Lane, difference, outcome
+from tests.attacks.lane import Lane, outcome, require_as_before
 from tests.attacks.planted import Planted, between, died, each, each_later, spelled
 from tests.real.footprint import Footprint
 
@@ -95,7 +95,7 @@ async def _require_all_or_nothing(
     assert listed or error is not None, "reported as taken, and not listed"
     assert now.status == "running", f"the guest does not run: {now.status}"
     if not listed:
-        assert now == before, f"left over: {difference(before, now)}"
+        require_as_before(before, now, error)
         return
     for what in ("capabilities", "parameters", "block_jobs"):
         assert getattr(now, what) == getattr(before, what), f"{what} are not as before"

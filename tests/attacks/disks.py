@@ -16,7 +16,7 @@ from qsnapd.model.snapshot import Strategy
 from tests.attacks.campaign import OpenLane
 from tests.attacks.forge import Forge, Forged
 from tests.attacks.killing import Job, Work, struck
-from tests.attacks.lane import Lane, difference, open_lane, outcome
+from tests.attacks.lane import Lane, open_lane, outcome, require_as_before
 from tests.attacks.media import MIB, Kind, Medium, open_medium, run
 from tests.parts import Qemu
 from tests.real.cases import VM
@@ -59,8 +59,7 @@ class Filled:
             await lane.settled(daemon)
             assert (error is None) is (self.level == LEVELS - 1), repr(error)
             if error is not None:
-                now = await lane.look()
-                assert now == before, f"left over: {difference(before, now)}"
+                require_as_before(before, await lane.look(), error)
             await lane.goes_on(daemon, self.strategy)
             await lane.delete_all(daemon)  # the disk is small
             await daemon.end()
@@ -153,8 +152,7 @@ class Fails:
         await lane.settled(daemon)
         listed = await lane.listed(daemon)
         if self.work not in (Work.REVERT, Work.DELETE) and job.name not in listed:
-            now = await lane.look()
-            assert now == before, f"left over: {difference(before, now)}; {error}"
+            require_as_before(before, await lane.look(), error)
         await job.require_whole(daemon, error)
         await lane.delete_all(daemon)  # the disk is small
         await daemon.end()

@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from tests.attacks.deeds import REPLY_LIMIT_S
 from tests.attacks.garbled import BEGIN, Fate, Garbling
 from tests.attacks.killing import Job, Work
-from tests.attacks.lane import Lane, difference, outcome
+from tests.attacks.lane import Lane, outcome, require_as_before
 
 REPLIES = 85
 """A job has hardly more."""
@@ -39,8 +39,7 @@ class Garbles:
             error = await outcome(partial(job.do, daemon))
             await lane.settled(daemon)
             if error is not None and lane.vm.pid == pid and self.work is not Work.DELETE:
-                now = await lane.look()
-                assert now == before, f"left over: {difference(before, now)}; {error}"
+                require_as_before(before, await lane.look(), error)
             await daemon.end()
         async with lane.daemon() as daemon:
             await lane.settled(daemon)

@@ -115,17 +115,17 @@ def on_bad_disks() -> Iterator[Batch]:
 def misbehaviour() -> Iterator[Batch]:
     """A QEMU that is killed, hung, started again, taken for another, stopped, or not understood."""
     for qemu, how_many in ((NEWEST, 20), (OLDEST, 6)):
-        at_points = misbehaving.every() if LONG else misbehaving.some(how_many, SEED + how_many)
         ported = misbehaving.open_ported_lane
-        if ALL:
-            yield from _batches("misbehaves at points", qemu, at_points, ported)
         taken = misbehaving.taken() if LONG or qemu is NEWEST else misbehaving.taken()[:1]
         yield from _batches("monitor taken", qemu, taken, ported)
         full = stopping.io_errors() if LONG or qemu is NEWEST else stopping.io_errors()[:1]
         yield from _batches("guest stopped by I/O error", qemu, full, stopping.open_filling_lane)
+        if not ALL:
+            continue
+        at_points = misbehaving.every() if LONG else misbehaving.some(how_many, SEED + how_many)
+        yield from _batches("misbehaves at points", qemu, at_points, ported)
         garbled = garbling.by_lot(9 if qemu is NEWEST else 3, SEED)
-        if ALL:
-            yield from _batches("messages garbled", qemu, garbling.every() if LONG else garbled)
+        yield from _batches("messages garbled", qemu, garbling.every() if LONG else garbled)
 
 
 def _some(attacks: Sequence[Attack], first: int) -> Sequence[Attack]:

@@ -253,6 +253,11 @@ def _is_about(finding: dict[str, Any], paths: tuple[Path, ...]) -> bool:
     return any(path.name in str(finding) for path in paths)
 
 
+def require_as_before(before: Footprint, now: Footprint, error: QsnapError | None) -> None:
+    """Nothing of a job is left that has failed with *error*."""
+    assert now == before, f"left over: {difference(before, now)}; {error}"
+
+
 def difference(before: Footprint, now: Footprint) -> str:
     """What is not as before, in words."""
     found = []

@@ -15,14 +15,14 @@ from qsnapd.errors import QsnapError, WrongState
 from qsnapd.faults import Action, Point
 from tests.attacks.deeds import REPLY_LIMIT_S, Culprit, Deed, extra_arguments
 from tests.attacks.forge import Forge, Forged
-from tests.attacks.killing import Job, Work
+from tests.attacks.killing import Job, Work, struck
 from tests.attacks.lane import (
     LOOK_AGAIN_S,
     SETTLE_LIMIT_S,
     Lane,
-    difference,
     open_lane,
     outcome,
+    require_as_before,
 )
 from tests.attacks.planted import died, spelled
 from tests.monitor import Monitor
@@ -85,8 +85,7 @@ class Misbehaves:
             if error is not None:
                 _require_clean(error)
                 if lane.vm.pid == pid and self.work is not Work.DELETE:
-                    now = await lane.look()
-                    assert now == before, f"left over: {difference(before, now)}; {error}"
+                    require_as_before(before, await lane.look(), error)
             await daemon.end()
         async with lane.daemon() as daemon:
             await lane.settled(daemon)
@@ -95,21 +94,16 @@ class Misbehaves:
 
     async def _struck(self, job: Job, daemon: Forged, culprit: Culprit) -> QsnapError | None:
         """Do the job, and the deed in its midst; returns what the job failed with, if it did."""
-        error: QsnapError | None = None
 
-        async def do() -> None:
-            nonlocal error
-            error = await outcome(partial(job.do, daemon))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(do)
+        async def strike() -> None:
             await stands(daemon)
             await culprit.strike()
             if (self.work, self.point) == (Work.PRECOPY, Point.CAPTURE_SAVING):
                 culprit.stopped_it = False  # it cannot be told from QEMU's own stop, at its end
             daemon.signal(signal.SIGCONT)
             await culprit.later()
-        return error
+
+        return await struck(partial(job.do, daemon), strike, 0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from functools import partial
 
 from qsnapd.faults import Point
 from qsnapd.model.snapshot import Strategy
-from tests.attacks.lane import Lane, difference, outcome
+from tests.attacks.lane import Lane, outcome, require_as_before
 from tests.attacks.planted import Faults, died, each, spelled
 from tests.real.quiescing import wait_writing
 
@@ -51,7 +51,7 @@ class Quiescing:
                 assert now.status == "running"
             else:
                 assert error is not None, "reported as taken, and not listed"
-                assert now == before, f"left over: {difference(before, now)}"
+                require_as_before(before, now, error)
             again = lane.new_name("n")
             await lane.create(daemon, again, disk_only=True, quiesce=True)
             await wait_writing(lane.vm)

@@ -7,7 +7,7 @@ from qsnapd.errors import QsnapError
 from qsnapd.faults import Action, Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import Forged
-from tests.attacks.lane import Lane, difference, outcome
+from tests.attacks.lane import Lane, outcome, require_as_before
 from tests.attacks.planted import Planted, between, died, each, spelled
 from tests.real.footprint import Footprint
 
@@ -74,7 +74,7 @@ async def _require_one_or_the_other(
     if lane.vm.pid == pid:
         assert error is not None, "reported as reverted, and the old QEMU runs"
         if listed == known:
-            assert now == before, f"left over: {difference(before, now)}"
+            require_as_before(before, now, error)
             return
     assert len(listed - known) == 1, f"kept: {listed - known}"
     current = (await daemon.call("GetCurrentSnapshot", vm="vm1"))["snapshot"]["name"]

@@ -13,7 +13,7 @@ from qsnapd.errors import QsnapError
 from qsnapd.faults import Action, Point
 from qsnapd.model.snapshot import Strategy
 from tests.attacks.forge import Forge, Forged
-from tests.attacks.lane import Lane, difference, open_lane, outcome
+from tests.attacks.lane import Lane, open_lane, outcome, require_as_before
 from tests.attacks.media import MIB, Kind, Medium, open_medium
 from tests.attacks.misbehaving import stands
 from tests.attacks.planted import spelled
@@ -51,8 +51,7 @@ class IoError:
             await daemon.call("Resume", vm=VM)
             await lane.settled(daemon)
             if error is not None:
-                now = await lane.look()
-                assert now == before, f"left over: {difference(before, now)}; {error}"
+                require_as_before(before, await lane.look(), error)
             await lane.guest_is_well(since=len(lane.vm.log_lines()))
             assert (name in await lane.listed(daemon)) is (error is None), error
             if error is None and self.strategy is not None:
